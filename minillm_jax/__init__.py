@@ -1,0 +1,14 @@
+"""A small decoder-only language model library for JAX with a documented KV cache."""
+
+from minillm_jax.config import ConfigError as ConfigError
+from minillm_jax.config import Configs as Configs
+from minillm_jax.config import ModelConfig as ModelConfig
+from minillm_jax.decoding.decode import decode_step as decode_step
+from minillm_jax.decoding.decode import prefill as prefill
+from minillm_jax.model.cache import CacheOverflowError as CacheOverflowError
+from minillm_jax.model.cache import CachePolicy as CachePolicy
+from minillm_jax.model.cache import grow_cache as grow_cache
+from minillm_jax.model.cache import init_cache as init_cache
+from minillm_jax.model.transformer import MiniLLM as MiniLLM
+from minillm_jax.model.transformer import create_model as create_model
+from minillm_jax.model.transformer import init_params as init_params

@@ -1,0 +1,259 @@
+"""Prefill, decode step and decode chunk: tokens in, logits or tokens out.
+
+`prefill` and `decode_step` are the simple entrances: they read `cache["lengths"]` (one
+small wait a call), check what the caller gave, and call a jitted function that donates
+the cache. `decode_chunk` is the inner loop itself, unchecked: a caller that keeps its
+own count of tokens never waits for the device.
+
+Axes: B batch, T query length, C tokens of a prefill chunk, V vocab.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from minillm_jax.config import ModelConfig
+from minillm_jax.model import cache as kv
+from minillm_jax.model.transformer import MiniLLM
+
+Params = Mapping[str, Any]
+
+
+class DecodeChunk(NamedTuple):
+    """What `decode_chunk` returns; feed `tokens`, `active` and `cache` to the next."""
+
+    sampled: jax.Array  # [B, steps] the new tokens; -1 once a row has finished
+    tokens: jax.Array  # [B] each row's last token, not yet in the cache
+    active: jax.Array  # [B] rows that go on
+    cache: dict[str, Any]
+
+
+def chunk_sizes(config: ModelConfig) -> tuple[int, ...]:
+    """The prefill chunk's sizes, largest first: what bounds its executables to four."""
+    sizes = {max(1, config.prefill_chunk >> shift) for shift in (0, 2, 4, 6)}
+    return tuple(sorted(sizes, reverse=True))
+
+
+def prefill(
+    model: MiniLLM,
+    params: Params,
+    cache: kv.Cache,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"] | None = None,
+    *,
+    policy: kv.CachePolicy = kv.CachePolicy(),
+) -> tuple[Float[Array, "B V"], dict[str, Any]]:
+    """Appends a prompt to every row, in chunks; `cache` is dead afterwards.
+
+    Args:
+      model: from `create_model`.
+      params: the inner tree.
+      cache: from `init_cache`, or one that holds earlier tokens.
+      tokens: prompts, padded on the right.
+      lengths: each row's valid tokens, 0 = the row is not touched; None = T.
+      policy: what the cache was made with.
+
+    Returns:
+      The logits of each row's last valid token (0 for untouched rows), and the cache.
+
+    Raises:
+      CacheOverflowError: before any work, if a row would not fit.
+      ValueError: for tokens outside the vocabulary, or lengths beyond T.
+    """
+    batch, longest = tokens.shape
+    lengths, longest = _checked_prompt(model.config, cache, tokens, lengths, policy)
+    logits = np.zeros((batch, model.config.vocab_size), np.float32)
+    start = 0
+    while start < longest:
+        size = _chunk_size(model.config, longest - start)
+        chunk = _cut(tokens, start, size)
+        logits, cache = _prefill_chunk(
+            model, params, cache, logits, chunk, lengths - start, policy=policy
+        )
+        start += size
+    return logits, dict(cache)  # pyright: ignore[reportReturnType]
+
+
+def _chunk_size(config: ModelConfig, remaining: int) -> int:
+    """The smallest chunk that holds what remains, or the largest there is."""
+    sizes = chunk_sizes(config)
+    return min((size for size in sizes if size >= remaining), default=sizes[0])
+
+
+def _cut(tokens, start: int, size: int):
+    """Columns `start` to `start + size`, padded with 0; on the host where they are."""
+    xp = jnp if isinstance(tokens, jax.Array) else np
+    chunk = tokens[:, start : start + size]
+    return xp.pad(chunk, ((0, 0), (0, size - chunk.shape[1])))
+
+
+@functools.partial(
+    jax.jit, static_argnames=("model", "policy"), donate_argnames=("cache", "logits")
+)
+def _prefill_chunk(model, params, cache, logits, tokens, lengths, *, policy):
+    """One chunk; `logits` keeps, per row, those of its last valid token so far."""
+    counts = jnp.clip(lengths, 0, tokens.shape[1])
+    variables = {"params": params, "cache": cache}
+    (x, counts), updated = model.apply(
+        variables,
+        tokens,
+        lengths=counts,
+        policy=policy,
+        mutable=["cache"],
+        method="hidden",
+    )
+    last = jnp.maximum(counts - 1, 0)
+    x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
+    new = model.apply({"params": params}, x, method="unembed")
+    return jnp.where(counts[:, None] > 0, new, logits), updated["cache"]
+
+
+class _DecodeStep:
+    """`decode_step`: checks its arguments, then calls the jitted step."""
+
+    def __call__(
+        self,
+        model: MiniLLM,
+        params: Params,
+        cache: kv.Cache,
+        tokens: Int[Array, " B"],
+        *,
+        policy: kv.CachePolicy = kv.CachePolicy(),
+    ) -> tuple[Float[Array, "B V"], dict[str, Any]]:
+        """Appends one token to every row; `cache` is donated, and dead afterwards.
+
+        Returns:
+          The logits of the next token, float32, and the cache.
+
+        Raises:
+          CacheOverflowError: if a row is full.
+          ValueError: for tokens outside the vocabulary.
+        """
+        check_tokens(model.config, tokens)
+        held = _host(cache["lengths"])
+        if held is not None:
+            ones = np.ones_like(held)
+            _check_room(model.config, cache, held, ones, policy)
+        return _decode_step(model, params, cache, tokens, policy=policy)
+
+    def lower(
+        self, model, params, cache, tokens, *, policy=kv.CachePolicy()
+    ) -> jax.stages.Lowered:
+        """`jax.jit`'s `lower`, of the step without its checks."""
+        return _decode_step.lower(model, params, cache, tokens, policy=policy)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("model", "policy"), donate_argnames=("cache",)
+)
+def _decode_step(model, params, cache, tokens, *, policy):
+    return _step(model, params, cache, tokens, None, policy)
+
+
+decode_step = _DecodeStep()
+
+
+def _step(model, params, cache, tokens, counts, policy):
+    logits, updated = model.apply(
+        {"params": params, "cache": cache},
+        tokens[:, None],
+        lengths=counts,
+        policy=policy,
+        mutable=["cache"],
+    )
+    return logits[:, 0], updated["cache"]
+
+
+@functools.partial(
+    jax.jit, static_argnames=("model", "steps", "policy"), donate_argnames=("cache",)
+)
+def decode_chunk(
+    model: MiniLLM,
+    params: Params,
+    cache: kv.Cache,
+    tokens: Int[Array, " B"],
+    active: Bool[Array, " B"],
+    *,
+    steps: int,
+    policy: kv.CachePolicy = kv.CachePolicy(),
+) -> DecodeChunk:
+    """Greedy decode, `steps` tokens in one executable; the cache is donated.
+
+    The trip count is static: XLA enqueues the loop on a GPU without asking the host.
+    Rows finish, and are masked from then on, at an EOS token or when prompt and
+    generated tokens fill the cache. Nothing is checked.
+
+    Args:
+      model: from `create_model`.
+      params: the inner tree.
+      cache: holds everything but `tokens`.
+      tokens: each row's last token, its logits not yet computed.
+      active: rows to decode; the others are not touched.
+      steps: tokens to decode. Static.
+      policy: what the cache was made with. Static.
+    """
+    ends = jnp.asarray(model.config.eos_token_ids or (-1,), jnp.int32)
+    capacity = kv.token_capacity(model.config, cache, policy)
+
+    def step(carry, _):
+        cache, tokens, active = carry
+        counts = active.astype(jnp.int32)
+        logits, cache = _step(model, params, cache, tokens, counts, policy)
+        with jax.named_scope("sample"):
+            tokens = jnp.where(active, jnp.argmax(logits, axis=-1), tokens)
+        sampled = jnp.where(active, tokens, -1)
+        ended = jnp.isin(tokens, ends) | (cache["lengths"] + 1 >= capacity)
+        return (cache, tokens, active & ~ended), sampled
+
+    carry = (dict(cache), tokens.astype(jnp.int32), active)
+    carry, sampled = jax.lax.scan(step, carry, length=steps)
+    return DecodeChunk(sampled.T, carry[1], carry[2], carry[0])
+
+
+def check_tokens(config: ModelConfig, tokens: Any) -> None:
+    """Raises ValueError for ids outside the vocabulary; skipped under a trace."""
+    host = _host(tokens)
+    if host is None or host.size == 0:
+        return
+    if not np.issubdtype(host.dtype, np.integer):
+        raise ValueError(f"tokens: must be whole numbers, not {host.dtype}")
+    low, high = int(host.min()), int(host.max())
+    if low < 0 or high >= config.vocab_size:
+        wrong = low if low < 0 else high
+        raise ValueError(
+            f"tokens: {wrong} is outside the vocabulary, 0 to {config.vocab_size - 1}"
+        )
+
+
+def _host(x: Any) -> np.ndarray | None:
+    """`x` as a NumPy array, or None under a trace."""
+    return None if isinstance(x, jax.core.Tracer) else np.asarray(x)
+
+
+def _checked_prompt(config: ModelConfig, cache, tokens, lengths, policy):
+    """The prompt's lengths and the longest of them; the width of `tokens` in a trace."""
+    batch, width = tokens.shape
+    lengths = np.full(batch, width, np.int32) if lengths is None else lengths
+    check_tokens(config, tokens)
+    wanted, held = _host(lengths), _host(cache["lengths"])
+    if wanted is None or held is None:
+        return lengths, width
+    if np.any((wanted < 0) | (wanted > width)):
+        raise ValueError(f"lengths: {wanted.tolist()} must lie in 0 to {width}")
+    _check_room(config, cache, held, wanted, policy)
+    return wanted.astype(np.int32), int(wanted.max())
+
+
+def _check_room(config: ModelConfig, cache, held, wanted, policy) -> None:
+    """Raises CacheOverflowError, naming the first row that has no room."""
+    capacity = kv.token_capacity(config, cache, policy)
+    for row in np.flatnonzero(held + wanted > capacity):
+        raise kv.CacheOverflowError(
+            f"row {row} holds {held[row]} tokens and {wanted[row]} more were asked, but "
+            f"its capacity is {capacity}: {max(capacity - held[row], 0)} would fit"
+        )

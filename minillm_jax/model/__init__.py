@@ -1,0 +1,1 @@
+"""What is computed: pure functions, with thin Linen modules on them."""

@@ -1,0 +1,179 @@
+"""Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) over tokens or cache.
+
+What a query may see is a comparison of absolute positions, so that one code serves the
+full forward, a prefill chunk at any offset, a decode step and a wrapped ring:
+
+    kv position     0 1 2 3 4 5 6 7     window = 4, sinks = 1
+    query at 6      x . . . x x x .     the sink, then the last window - sinks
+
+Axes: B batch, T query length, S key/value length, N query heads, K key/value heads,
+G = N // K, P = G + 2 (a group's queries, its key, its value), H head dim, D model dim.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float
+
+from minillm_jax.config import ModelConfig
+from minillm_jax.model import cache as kv
+from minillm_jax.model import layers, rope
+
+# Scores of one block of queries, bytes: what keeps memory linear in the context.
+SCORE_BYTES = 64 * 2**20
+MAX_QUERY_BLOCK, MIN_QUERY_BLOCK = 512, 8
+MASKED = -1e30  # finite: a query that sees nothing gets a mean, not NaN
+
+
+class Places(NamedTuple):
+    """Where a row's queries or keys stand."""
+
+    positions: jax.Array  # [*B, T] or [*B, S] absolute; -1 = an empty slot
+    segment_ids: jax.Array | None = None  # same shape: packed documents, 0 = padding
+
+
+class Span(NamedTuple):
+    """The tokens of one call; every layer reads the same."""
+
+    places: Places  # [B, T]
+    counts: jax.Array  # [B] valid tokens of this call, the first ones of each row
+    cos: jax.Array  # [B, T, H/2]
+    sin: jax.Array  # [B, T, H/2]
+
+
+def visible(queries: Places, keys: Places, rule: kv.SlotRule) -> Bool[Array, "*B T S"]:
+    """The mask: True where a query may attend to a key."""
+    query, key = queries.positions[..., :, None], keys.positions[..., None, :]
+    mask = (key >= 0) & (key <= query)
+    if rule.window is not None:
+        recent = key > query - (rule.window - rule.sinks)
+        mask &= recent | (key < rule.sinks)
+    if queries.segment_ids is not None and keys.segment_ids is not None:
+        mine, theirs = queries.segment_ids[..., :, None], keys.segment_ids[..., None, :]
+        mask &= (mine == theirs) & (theirs > 0)
+    return mask
+
+
+def attend(
+    q: Float[Array, "*B K G T H"],
+    k: Float[Array, "*B K S H"],
+    v: Float[Array, "*B K S H"],
+    *,
+    queries: Places,
+    keys: Places,
+    rule: kv.SlotRule = kv.SlotRule(),
+) -> Float[Array, "*B K G T H"]:
+    """softmax(q kᵀ / sqrt(H)) v, softmax in float32, a block of queries at a time.
+
+    A block's scores take at most about SCORE_BYTES, and in training they are computed
+    again rather than stored, so that memory is linear in T and S.
+    """
+    length, block = q.shape[-2], _query_block(q.shape, k.shape[-2])
+    if block >= length:
+        return _attend_block(q, k, v, visible(queries, keys, rule))
+
+    @jax.checkpoint
+    def one(q, queries):
+        return _attend_block(q, k, v, visible(queries, keys, rule))
+
+    q_blocks = _split(q, -2, block)
+    query_blocks = jax.tree.map(lambda x: _split(x, -1, block), queries)
+    out = jax.lax.map(lambda xs: one(*xs), (q_blocks, query_blocks))
+    out = jnp.moveaxis(out, 0, -3)
+    return out.reshape(*q.shape[:-2], -1, q.shape[-1])[..., :length, :]
+
+
+def _query_block(q_shape: tuple[int, ...], slots: int) -> int:
+    """Queries of a block: the power of two whose scores fit SCORE_BYTES."""
+    heads = math.prod(q_shape[:-2])
+    fitting = max(1, SCORE_BYTES // (4 * heads * slots))
+    return min(MAX_QUERY_BLOCK, max(MIN_QUERY_BLOCK, 2 ** (fitting.bit_length() - 1)))
+
+
+def _split(x: jax.Array, axis: int, block: int) -> jax.Array:
+    """`axis` padded and cut into blocks, which become the first axis."""
+    axis %= x.ndim
+    count = -(-x.shape[axis] // block)
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, count * block - x.shape[axis])
+    shape = (*x.shape[:axis], count, block, *x.shape[axis + 1 :])
+    return jnp.moveaxis(jnp.pad(x, widths).reshape(shape), axis, 0)
+
+
+def _attend_block(q, k, v, mask):
+    f32 = jnp.float32
+    scores = jnp.einsum("...KGTH,...KSH->...KGTS", q, k, preferred_element_type=f32)
+    scores = jnp.where(mask[..., None, None, :, :], scores / q.shape[-1] ** 0.5, MASKED)
+    probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("...KGTS,...KSH->...KGTH", probs, v).astype(q.dtype)
+
+
+class Attention(nn.Module):
+    """Projections, RoPE and `attend`; appends to its two cache leaves if it has them."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], span: Span, policy: kv.CachePolicy
+    ) -> Float[Array, "B T D"]:
+        config = self.config
+        q, k, v = self._project_in(x, span)
+        if self.has_variable("cache", "k"):
+            mixed = self._attend_cached(q, k, v, span, policy)
+        else:
+            rule = kv.SlotRule(window=config.sliding_window)
+            with jax.named_scope("attend"):
+                mixed = attend(
+                    q, k, v, queries=span.places, keys=span.places, rule=rule
+                )
+        groups = (config.num_kv_heads, config.queries_per_kv_head, config.head_dim)
+        out = layers.param(self, "out", (*groups, config.dim_model))
+        mixed = jnp.moveaxis(mixed, 3, 1)  # [B, T, K, G, H]
+        return layers.project(mixed.reshape(*x.shape[:2], -1), out)
+
+    def _project_in(self, x, span: Span):
+        """q `[B, K, G, T, H]`, k and v `[B, K, T, H]`, from one product."""
+        config = self.config
+        per_group = config.queries_per_kv_head + 2
+        heads = (config.num_kv_heads, per_group, config.head_dim)
+        kernel = layers.param(self, "qkv", (config.dim_model, *heads))
+        qkv = layers.project(x, kernel).reshape(*x.shape[:2], *heads)
+        if config.qkv_bias:
+            qkv += layers.param(self, "qkv_bias", heads).astype(x.dtype)
+        qkv = jnp.moveaxis(qkv, 1, 3)  # [B, K, P, T, H]
+        q, k, v = qkv[:, :, :-2], qkv[:, :, -2], qkv[:, :, -1]
+        if config.qk_norm:
+            q = layers.RMSNorm(config, name="q_norm")(q)
+            k = layers.RMSNorm(config, name="k_norm")(k)
+        cos, sin = span.cos[:, None], span.sin[:, None]
+        q = rope.rotate(q, cos[:, None], sin[:, None])
+        return q, rope.rotate(k, cos, sin), v
+
+    def _attend_cached(self, q, k, v, span: Span, policy: kv.CachePolicy):
+        """Writes k and v to the leaves, then attends to all that these hold."""
+        if not self.is_mutable_collection("cache"):
+            raise ValueError("a cache is updated: call apply with mutable=['cache']")
+        leaves = [self.get_variable("cache", name) for name in ("k", "v")]
+        rule = kv.slot_rule(self.config, leaves[0].shape[-2], policy)
+        call = (q, k, v, span.places, span.counts)
+        if leaves[0].ndim == 3:  # one row: its leaves have no batch axis
+            call = jax.tree.map(lambda axis: axis[0], call)
+        q, k, v, places, counts = call
+
+        with jax.named_scope("cache_write"):
+            first = places.positions[..., 0]
+            leaves = [
+                kv.write(leaf, new, first, counts, rule)
+                for leaf, new in zip(leaves, (k, v), strict=True)
+            ]
+        for name, leaf in zip(("k", "v"), leaves, strict=True):
+            self.put_variable("cache", name, leaf)
+        with jax.named_scope("attend"):
+            held = kv.slot_positions(first + counts, leaves[0].shape[-2], rule)
+            keys = Places(held)
+            mixed = attend(q, *leaves, queries=places, keys=keys, rule=rule)
+        return mixed if leaves[0].ndim == 4 else mixed[None]

@@ -1,0 +1,320 @@
+"""The KV cache: its shapes, and everything that reads or changes its slots.
+
+    cache/lengths                    int32 [B]     tokens each row has seen in all
+    cache/layers_3/attention/{k,v}   [B, K, S, H]  [K, S, H] where the batch is 1
+
+A row's next token has position `lengths[b]`. What a slot holds follows from `lengths`
+alone; nothing else is stored. A layer's `SlotRule` says where a position lives:
+
+    slot(p) = p                                    without a ring
+    slot(p) = p if p < sinks else sinks + (p - sinks) % (S - sinks)        in one
+
+    S = 8, sinks = 2, 12 tokens seen:    slot       0 1 | 2 3 4 5 6  7
+                                         position   0 1 | 8 9 10 11 6 7
+
+The order of slots does not matter, because the mask compares positions. The batch axis
+of one row is left out: XLA on CPU would drop it by itself, flip the layout of the leaf
+and copy the whole cache at every step.
+
+Axes: B batch, K key/value heads, S slots, T new tokens, H head dim.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from minillm_jax import validation
+from minillm_jax.config import MAX_POSITIONS, ConfigError, ModelConfig
+
+Cache = Mapping[str, Any]
+
+
+class CacheOverflowError(ValueError):
+    """More tokens than a row of the cache can hold."""
+
+
+def _policy_contradictions(v: dict[str, Any], _: frozenset[str]) -> list[str]:
+    if v.get("num_sinks", 0) and v.get("overflow", "ring") != "ring":
+        return [f"num_sinks={v['num_sinks']}: needs overflow='ring'; write 0"]
+    return []
+
+
+@validation.checked_fields(contradictions=_policy_contradictions)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CachePolicy:
+    """What happens when a row is full. Static: part of what is compiled.
+
+    "error" raises CacheOverflowError before any work, "stop" ends the row, "ring"
+    overwrites the oldest tokens but keeps the first `num_sinks` (attention sinks, Xiao
+    et al. 2023, arXiv:2309.17453).
+    """
+
+    overflow: Annotated[str, validation.OneOf(("error", "stop", "ring"))] = "error"
+    num_sinks: Annotated[int, validation.Range(0, MAX_POSITIONS)] = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class SlotRule:
+    """Where a layer keeps a position, and how far back its queries see. Static."""
+
+    wraps: bool = False  # a ring; else tokens beyond the last slot are not stored
+    window: int | None = None  # positions a query sees, sinks included; None = all
+    sinks: int = 0  # first positions that are never overwritten
+
+
+def slot_rule(config: ModelConfig, slots: int, policy: CachePolicy) -> SlotRule:
+    """The rule of a layer whose leaves have `slots` slots."""
+    local, spare = config.sliding_window, config.prefill_chunk - 1
+    ring = policy.overflow == "ring"
+    if local is not None and (not ring or local + spare <= slots):
+        return SlotRule(wraps=True, window=local)
+    if ring:
+        return SlotRule(wraps=True, window=slots - spare, sinks=policy.num_sinks)
+    return SlotRule()
+
+
+def num_slots(config: ModelConfig, capacity: int, policy: CachePolicy) -> int:
+    """Slots of a layer's leaves when a row is to hold (in a ring: see) `capacity`.
+
+    A ring has `prefill_chunk - 1` more than its window: a chunk is written before it is
+    read, and its first query still needs the oldest position of its own window.
+    """
+    spare = config.prefill_chunk - 1
+    slots = capacity + spare if policy.overflow == "ring" else capacity
+    if config.sliding_window is None:
+        return slots
+    return min(slots, config.sliding_window + spare)
+
+
+def token_capacity(config: ModelConfig, cache: Cache, policy: CachePolicy) -> int:
+    """Tokens a row of `cache` can hold; MAX_POSITIONS where it never fills up.
+
+    The leaves tell, but for a sliding window's full ring, which has no end of its own:
+    there it is `config.max_kv_cache_len`.
+    """
+    if policy.overflow == "ring":
+        return MAX_POSITIONS
+    slots = max(leaf.shape[-2] for leaf in _leaves(cache))
+    local = config.sliding_window
+    if local is not None and slots >= local + config.prefill_chunk - 1:
+        return max(slots, config.max_kv_cache_len)
+    return slots
+
+
+def cache_shapes(
+    config: ModelConfig,
+    batch_size: int = 1,
+    capacity: int | None = None,
+    *,
+    policy: CachePolicy = CachePolicy(),
+) -> dict[str, Any]:
+    """The cache as a tree of `jax.ShapeDtypeStruct`; nothing is allocated."""
+    config = config.resolve(jax.default_backend())
+    capacity = config.max_kv_cache_len if capacity is None else capacity
+    slots = num_slots(config, _checked_capacity(config, capacity, policy), policy)
+    rows = (batch_size,) if batch_size > 1 else ()
+    shape = (*rows, config.num_kv_heads, slots, config.head_dim)
+    leaf = jax.ShapeDtypeStruct(shape, jnp.dtype(config.cache_dtype))
+    tree: dict[str, Any] = {
+        f"layers_{layer}": {"attention": {"k": leaf, "v": leaf}}
+        for layer in range(config.num_layers)
+    }
+    return tree | {"lengths": jax.ShapeDtypeStruct((batch_size,), jnp.int32)}
+
+
+def _checked_capacity(config: ModelConfig, capacity: int, policy: CachePolicy) -> int:
+    if not 1 <= capacity <= config.max_kv_cache_len:
+        raise ConfigError(
+            f"capacity={capacity}: must lie in [1, max_kv_cache_len="
+            f"{config.max_kv_cache_len}]"
+        )
+    if policy.num_sinks >= capacity:
+        raise ConfigError(
+            f"num_sinks={policy.num_sinks}: must be below the capacity of {capacity} "
+            "tokens, or no token could follow them"
+        )
+    return capacity
+
+
+def init_cache(
+    config: ModelConfig,
+    batch_size: int = 1,
+    capacity: int | None = None,
+    *,
+    policy: CachePolicy = CachePolicy(),
+) -> dict[str, Any]:
+    """An empty `cache` collection, all zeros, on the default device.
+
+    Args:
+      config: dtypes "auto" are resolved for the default backend.
+      batch_size: rows.
+      capacity: tokens a row can hold, or see in a ring; None = max_kv_cache_len.
+      policy: what happens when a row is full.
+
+    Raises:
+      ConfigError: for a capacity or batch size that the config does not allow.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size={batch_size}: must be at least 1")
+    shapes = cache_shapes(config, batch_size, capacity, policy=policy)
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+
+def write(
+    leaf: Float[Array, "*B K S H"],
+    new: Float[Array, "*B K T H"],
+    positions: Int[Array, "*B"],
+    counts: Int[Array, "*B"],
+    rule: SlotRule = SlotRule(),
+) -> Float[Array, "*B K S H"]:
+    """Stores the first `counts` tokens of each row of `new`, the first at `positions`.
+
+    No other slot changes, whatever the positions: without a ring, tokens beyond the
+    last slot are dropped. `T` may not exceed the ring. Done in place where XLA can.
+    """
+    new = new.astype(leaf.dtype)
+    write_row = functools.partial(_write_row, rule=rule)
+    rows = jax.vmap(write_row) if leaf.ndim == 4 else write_row
+    return rows(leaf, new, positions, counts)
+
+
+def _write_row(leaf, new, position, count, rule: SlotRule):
+    slots, length = leaf.shape[-2], new.shape[-2]
+    if not rule.wraps:
+        return _put(leaf, new[:, :slots], position, 0, count)
+    ring = slots - rule.sinks
+    assert length <= ring, f"{length} tokens in one write to a ring of {ring} slots"
+    slot = _slot(position, slots, rule)
+    leaf = _put(leaf, new, slot, 0, count)
+    if length > 1:  # what passed the last slot goes on behind the sinks
+        leaf = _put(leaf, new, slot - ring, rule.sinks, count)
+    return leaf
+
+
+def _slot(position, slots: int, rule: SlotRule):
+    wrapped = rule.sinks + (position - rule.sinks) % (slots - rule.sinks)
+    return jnp.where(position < rule.sinks, position, wrapped)
+
+
+def _put(leaf, new, slot, lowest: int, count):
+    """Token i of `new` goes to `slot + i`, for i < count and slots from `lowest` on.
+
+    `slot` may lie outside the leaf: the window is moved inside, and the tokens moved
+    the other way within it. `dynamic_update_slice` alone would clamp the start and
+    overwrite older tokens; here the window's old content is merged in.
+    """
+    slots, length = leaf.shape[-2], new.shape[-2]
+    start = jnp.clip(slot, lowest, slots - length)
+    index = jnp.arange(length) + (start - slot)
+    keep = (index >= 0) & (index < count)
+    if length > 1:
+        new = jnp.take(new, index, axis=-2, mode="clip")
+    old = jax.lax.dynamic_slice_in_dim(leaf, start, length, axis=-2)
+    merged = jnp.where(keep[:, None], new, old)
+    return jax.lax.dynamic_update_slice_in_dim(leaf, merged, start, axis=-2)
+
+
+def slot_positions(
+    lengths: Int[Array, "*B"], slots: int, rule: SlotRule
+) -> Int[Array, "*B S"]:
+    """The position each slot holds after `lengths` tokens; -1 = empty."""
+    slot, last = jnp.arange(slots), lengths[..., None] - 1
+    if not rule.wraps:
+        return jnp.where(slot <= last, slot, -1)
+    latest = last - (last - slot) % (slots - rule.sinks)
+    position = jnp.where(slot < rule.sinks, slot, latest)
+    first = jnp.minimum(slot, rule.sinks)  # no ring slot holds a sink
+    return jnp.where((position >= first) & (position <= last), position, -1)
+
+
+def insert(cache: Cache, row: int | Int[Array, ""], source: Cache) -> dict[str, Any]:
+    """`cache` with row `row` replaced by the only row of `source`.
+
+    `source` may have fewer slots, as long as its ring has not wrapped. Jittable.
+    """
+
+    def put(leaf, new):
+        if leaf.ndim == 1:
+            return leaf.at[row].set(new[0])
+        if leaf.ndim == new.ndim:  # a batch of one
+            return jax.lax.dynamic_update_slice(leaf, new, (0, 0, 0))
+        return jax.lax.dynamic_update_slice(leaf, new[None], (row, 0, 0, 0))
+
+    return jax.tree.map(put, dict(cache), dict(source))
+
+
+def evict(cache: Cache, row: int | Int[Array, ""]) -> dict[str, Any]:
+    """`cache` with row `row` empty, its slots zeroed. Jittable.
+
+    Zeroed, not only forgotten: a NaN left in a masked slot would reach the next row's
+    sums.
+    """
+
+    def clear(leaf):
+        return jnp.zeros_like(leaf) if leaf.ndim == 3 else leaf.at[row].set(0)
+
+    return jax.tree.map(clear, dict(cache))
+
+
+def grow_cache(
+    cache: Cache,
+    capacity: int,
+    *,
+    config: ModelConfig | None = None,
+    policy: CachePolicy = CachePolicy(),
+) -> dict[str, Any]:
+    """The same rows with room for `capacity` tokens each; `cache` is dead afterwards.
+
+    Leaves are grown and freed one by one: the peak is the new cache and one old leaf.
+    Leaves that have wrapped are a sliding window's, and stay as they are.
+
+    Args:
+      cache: outside a trace, before the first wrap of a ring.
+      capacity: tokens a row can hold, or see in a ring.
+      config: tells the slots of a ring, where it is required, and of a sliding window.
+      policy: the one that the cache was made with.
+
+    Raises:
+      CacheOverflowError: if `capacity` is less than a row holds, or a ring wrapped.
+      ConfigError: if a ring is grown without its config.
+    """
+    longest = int(np.max(np.asarray(cache["lengths"])))
+    ring = policy.overflow == "ring"
+    if ring and config is None:
+        raise ConfigError("config=None: growing a ring needs the config; pass config=")
+    if config is None:
+        wanted = capacity
+    else:
+        wanted = num_slots(config, _checked_capacity(config, capacity, policy), policy)
+    if longest > capacity and not ring:
+        raise CacheOverflowError(
+            f"capacity={capacity}: a row holds {longest} tokens already"
+        )
+
+    def grow(leaf):
+        slots = leaf.shape[-2] if leaf.ndim > 1 else wanted
+        if slots >= wanted:
+            return leaf
+        if longest > slots and ring:
+            raise CacheOverflowError(
+                f"a ring of {slots} slots has wrapped after {longest} tokens: "
+                "it can only grow before that"
+            )
+        if longest > slots:
+            return leaf
+        added = [(0, 0)] * (leaf.ndim - 2) + [(0, wanted - slots), (0, 0)]
+        grown = jax.block_until_ready(jnp.pad(leaf, added))
+        leaf.delete()
+        return grown
+
+    return jax.tree.map(grow, dict(cache))
+
+
+def _leaves(cache: Cache) -> list[Any]:
+    return [leaf for leaf in jax.tree.leaves(dict(cache)) if len(leaf.shape) > 1]

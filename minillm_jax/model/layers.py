@@ -1,0 +1,116 @@
+"""The parts around attention: RMSNorm, the gated MLP, and how parameters start.
+
+Axes: B batch, T query length, D model dim, F ffn dim.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from minillm_jax.config import ModelConfig
+
+TOKEN_STD = 0.02
+
+
+_CUT_STD = 0.87962566103423978  # std of a standard normal cut at +-2
+
+
+def _truncated_normal(std: float) -> nn.initializers.Initializer:
+    return nn.initializers.truncated_normal(std / _CUT_STD)
+
+
+def _from_model(config: ModelConfig) -> nn.initializers.Initializer:
+    """Truncated normal with std 1 / sqrt(fan_in), for a kernel whose first axis is D."""
+    return _truncated_normal(config.dim_model**-0.5)
+
+
+def _into_residual(config: ModelConfig) -> nn.initializers.Initializer:
+    """Truncated normal with std 1 / sqrt(2 L fan_in), for a kernel whose last axis is D.
+
+    Smaller by sqrt(2 L), for 2 L of them add to the residual stream, whose variance
+    would else grow with depth (GPT-2, Radford et al. 2019).
+    """
+
+    def init(key, shape, dtype):
+        fan_in = math.prod(shape[:-1])
+        std = (2 * config.num_layers * fan_in) ** -0.5
+        return _truncated_normal(std)(key, shape, dtype)
+
+    return init
+
+
+# How each parameter starts, by its name.
+INITIALIZERS = {
+    "embedding": lambda config: nn.initializers.normal(TOKEN_STD),  # [V, D]
+    "lm_head": lambda config: nn.initializers.normal(TOKEN_STD),  # [D, V]
+    "scale": lambda config: nn.initializers.ones,  # [D] or [H]
+    "qkv": _from_model,  # [D, K, G + 2, H]
+    "qkv_bias": lambda config: nn.initializers.zeros,  # [K, G + 2, H]
+    "out": _into_residual,  # [K, G, H, D]
+    "gate_up": _from_model,  # [D, 2, F]
+    "down": _into_residual,  # [F, D]
+}
+
+
+def param(module: nn.Module, name: str, shape: tuple[int, ...]) -> jax.Array:
+    """A parameter of `module`, in its config's `param_dtype`."""
+    config = module.config  # pyright: ignore[reportAttributeAccessIssue]
+    dtype = jnp.dtype(config.param_dtype)
+    return module.param(name, INITIALIZERS[name](config), shape, dtype)
+
+
+def project(x: Float[Array, "*axes I"], kernel: Float[Array, "..."]) -> jax.Array:
+    """`x` times a kernel `[..I.., ..O..]`, whose first axes multiply to I: `[*axes, O]`.
+
+    One plain matrix product: written as an einsum over the kernel's own axes, XLA on CPU
+    transposes the weights, which costs more than the product of a decode step.
+    """
+    matrix = kernel.reshape(x.shape[-1], -1)
+    return jnp.dot(x, matrix.astype(x.dtype))
+
+
+def rms_norm(
+    x: Float[Array, "*axes D"], scale: Float[Array, " D"], eps: float
+) -> Float[Array, "*axes D"]:
+    """RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467), in float32 inside."""
+    x32 = x.astype(jnp.float32)
+    mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+    normed = x32 * jax.lax.rsqrt(mean_square + eps)
+    return (normed * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def gated_mlp(
+    x: Float[Array, "B T D"],
+    gate_up: Float[Array, "D 2 F"],
+    down: Float[Array, "F D"],
+) -> Float[Array, "B T D"]:
+    """SwiGLU (Shazeer 2020, arXiv:2002.05202), gate and up in one product."""
+    gate, up = jnp.split(project(x, gate_up), 2, axis=-1)
+    return project(jax.nn.silu(gate) * up, down)
+
+
+class RMSNorm(nn.Module):
+    """`rms_norm` with its scale; normalises the last axis."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*axes D"]) -> Float[Array, "*axes D"]:
+        scale = param(self, "scale", (x.shape[-1],))
+        return rms_norm(x, scale, self.config.norm_eps)
+
+
+class MLP(nn.Module):
+    """`gated_mlp` with its kernels."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        config = self.config
+        gate_up = param(self, "gate_up", (config.dim_model, 2, config.dim_ff))
+        down = param(self, "down", (config.dim_ff, config.dim_model))
+        return gated_mlp(x, gate_up, down)

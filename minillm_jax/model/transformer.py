@@ -1,0 +1,189 @@
+"""The decoder-only transformer: embedding, blocks, output head.
+
+dtypes: parameters are stored in `param_dtype` and cast to `dtype` where they are used;
+RMSNorm statistics, RoPE angles, attention scores, softmax and logits are float32.
+
+Axes: B batch, T query length, D model dim, V vocab.
+"""
+
+import functools
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from minillm_jax.config import ModelConfig
+from minillm_jax.model import cache as kv
+from minillm_jax.model import layers, rope
+from minillm_jax.model.attention import Attention, Places, Span
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP, each added to the residual stream."""
+
+    config: ModelConfig
+
+    def setup(self):
+        self.attention_norm = layers.RMSNorm(self.config)
+        self.attention = Attention(self.config)
+        self.mlp_norm = layers.RMSNorm(self.config)
+        self.mlp = layers.MLP(self.config)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], span: Span, policy: kv.CachePolicy
+    ) -> Float[Array, "B T D"]:
+        x = x + self.attention(self.attention_norm(x), span, policy)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class MiniLLM(nn.Module):
+    """Tokens to logits; with a `cache` collection it appends to it, without one it is
+    the plain causal forward. It never creates cache variables: `init_cache` does.
+    """
+
+    config: ModelConfig
+
+    def setup(self):
+        config = self.config
+        table = (config.vocab_size, config.dim_model)
+        self.embedding = layers.param(self, "embedding", table)
+        self.layers = [Block(config) for _ in range(config.num_layers)]
+        self.final_norm = layers.RMSNorm(config)
+        if not config.tie_embeddings:
+            self.lm_head = layers.param(self, "lm_head", table[::-1])
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        lengths: Int[Array, " B"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        policy: kv.CachePolicy = kv.CachePolicy(),
+    ) -> Float[Array, "B T V"]:
+        """Next-token logits of every token, float32.
+
+        Args:
+          tokens: ids; those outside the vocabulary are clipped to it.
+          lengths: valid tokens of this call in each row, the first ones; None = T. A
+            row of 0 is not touched. Logits of the rest are 0.
+          segment_ids: packed documents from 1 on, 0 = padding; only without a cache.
+          policy: what the cache was made with.
+
+        Raises:
+          ValueError: if T is 0, above `max_seq_len` without a cache, more than a ring
+            takes in one call, or if `segment_ids` comes with a cache.
+        """
+        x, counts = self.hidden(
+            tokens, lengths=lengths, segment_ids=segment_ids, policy=policy
+        )
+        logits = self.unembed(x)
+        if counts is None:
+            return logits
+        valid = jnp.arange(tokens.shape[1]) < counts[:, None]
+        return jnp.where(valid[..., None], logits, 0.0)
+
+    def hidden(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        lengths: Int[Array, " B"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        policy: kv.CachePolicy = kv.CachePolicy(),
+    ) -> tuple[Float[Array, "B T D"], Int[Array, " B"] | None]:
+        """The last layer's output and, unless all are, each row's valid tokens."""
+        config, cached = self.config, self.has_variable("cache", "lengths")
+        self._check_call(tokens, segment_ids, policy)
+        batch, length = tokens.shape
+        start = jnp.zeros((batch,), jnp.int32)
+        counts = None if lengths is None else jnp.clip(lengths, 0, length)
+        if cached:
+            start = self.get_variable("cache", "lengths")
+            room = kv.token_capacity(config, self.variables["cache"], policy) - start
+            counts = jnp.minimum(length if counts is None else counts, room)
+            counts = counts.astype(jnp.int32)
+            self.put_variable("cache", "lengths", start + counts)
+        span = self._span(start, length, counts, segment_ids)
+        with jax.named_scope("embed"):
+            x = jnp.take(self.embedding, tokens, axis=0, mode="clip")
+            x = x.astype(jnp.dtype(config.dtype))
+        for layer in self.layers:
+            x = layer(x, span, policy)
+        return x, counts
+
+    def unembed(self, x: Float[Array, "*axes D"]) -> Float[Array, "*axes V"]:
+        """Logits of hidden states, float32."""
+        with jax.named_scope("unembed"):
+            x = self.final_norm(x)
+            if self.config.tie_embeddings:
+                head, product = self.embedding, "...D,VD->...V"
+            else:
+                head, product = self.lm_head, "...D,DV->...V"
+            return jnp.einsum(
+                product, x, head.astype(x.dtype), preferred_element_type=jnp.float32
+            )
+
+    def _check_call(self, tokens, segment_ids, policy: kv.CachePolicy) -> None:
+        """Raises ValueError for shapes that this model or its cache cannot take."""
+        length, config = tokens.shape[1], self.config
+        if length == 0:
+            raise ValueError("tokens: a call needs at least one token per row")
+        if not self.has_variable("cache", "lengths"):
+            if length > config.max_seq_len:
+                raise ValueError(
+                    f"tokens: {length} per row, but max_seq_len={config.max_seq_len} "
+                    "without a cache; shorten them, or raise it in the config"
+                )
+            return
+        if segment_ids is not None:
+            raise ValueError("segment_ids: only without a cache")
+        rings = policy.overflow == "ring" or config.sliding_window is not None
+        if rings and length > config.prefill_chunk:
+            raise ValueError(
+                f"tokens: {length} per row, but a ring takes prefill_chunk="
+                f"{config.prefill_chunk} in one call; `prefill` does it in chunks"
+            )
+
+    def _span(self, start, length: int, counts, segment_ids) -> Span:
+        batch = start.shape[0]
+        positions = start[:, None] + jnp.arange(length, dtype=jnp.int32)
+        turned = positions
+        if segment_ids is not None:  # a packed document's own positions start at 0
+            before = jnp.pad(segment_ids, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
+            first = jnp.where(segment_ids != before, positions, 0)
+            turned = positions - jax.lax.cummax(first, axis=1)
+        if counts is None:
+            counts = jnp.full((batch,), length, jnp.int32)
+        cos, sin = rope.cos_sin(self.config, turned)
+        return Span(Places(positions, segment_ids), counts, cos, sin)
+
+
+def create_model(config: ModelConfig) -> MiniLLM:
+    """The Linen module of a config; its dtypes "auto" become the default backend's."""
+    return MiniLLM(config.resolve(jax.default_backend()))
+
+
+def init_params(model: MiniLLM, seed: int = 0) -> dict[str, Any]:
+    """Random parameters, the inner `params` tree, in `param_dtype`.
+
+    Each leaf is a jitted call of its initialiser (`layers.INITIALIZERS`), compiled once
+    per shape and not once per layer; its key is folded from its path.
+    """
+    key = jax.random.key(seed)
+    shapes = jax.eval_shape(model.init, key, jax.ShapeDtypeStruct((1, 1), jnp.int32))
+
+    def leaf(path, shape):
+        leaf_key = jax.random.fold_in(
+            key, zlib.crc32(jax.tree_util.keystr(path).encode())
+        )
+        name = path[-1].key
+        return _init_leaf(leaf_key, name, model.config, shape.shape, shape.dtype)
+
+    return jax.tree_util.tree_map_with_path(leaf, shapes["params"])
+
+
+@functools.partial(jax.jit, static_argnames=("name", "config", "shape", "dtype"))
+def _init_leaf(key, name: str, config: ModelConfig, shape, dtype) -> jax.Array:
+    return layers.INITIALIZERS[name](config)(key, shape, dtype)
