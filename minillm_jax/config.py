@@ -201,11 +201,15 @@ class ModelConfig:
         )
         if problems:
             raise ConfigError(problems)
-        names = {field.name for field in dataclasses.fields(self)}
-        given = {name: getattr(self, name) for name in names - vars(self)["derived"]}
-        return ModelConfig(**(given | changes))
+        return ModelConfig(**(self.given() | changes))
 
     __replace__ = replace
+
+    def given(self) -> dict[str, Any]:
+        """The fields without those that were derived from them."""
+        names = [field.name for field in dataclasses.fields(self)]
+        derived = vars(self)["derived"]
+        return {name: getattr(self, name) for name in names if name not in derived}
 
     def resolve(self, platform: str) -> "ModelConfig":
         """Concrete dtypes for a JAX platform: bfloat16 on GPU and TPU, else float32.

@@ -9,7 +9,7 @@ import functools
 import operator
 import typing
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, TypeVar
 
 import numpy as np
@@ -59,10 +59,10 @@ _Class = TypeVar("_Class")
 
 
 def checked_fields(
-    derive: typing.Callable[[dict[str, Any]], frozenset[str]] = lambda _: frozenset(),
-    contradictions: typing.Callable[[dict, frozenset], list[str]] = lambda v, d: [],
+    derive: Callable[[dict[str, Any]], frozenset[str]] = lambda _: frozenset(),
+    contradictions: Callable[[dict, frozenset], list[str]] = lambda v, d: [],
     legacy: Mapping[str, str] = {},
-) -> typing.Callable[[type[_Class]], type[_Class]]:
+) -> Callable[[type[_Class]], type[_Class]]:
     """Makes a dataclass's `__init__` convert, derive and check its fields.
 
     Args:
@@ -231,7 +231,7 @@ def _to_dataclass(cls: Any, value: Any) -> Any:
     return cls(**value)
 
 
-_CONVERTERS: dict[Any, typing.Callable[[Any], Any]] = {
+_CONVERTERS: dict[Any, Callable[[Any], Any]] = {
     int: _to_int,
     float: _to_float,
     bool: _to_bool,

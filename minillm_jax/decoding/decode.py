@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
@@ -22,6 +23,7 @@ from minillm_jax.model import cache as kv
 from minillm_jax.model.transformer import MiniLLM
 
 Params = Mapping[str, Any]
+HostOrDevice = Array | np.ndarray
 
 
 class DecodeChunk(NamedTuple):
@@ -43,8 +45,8 @@ def prefill(
     model: MiniLLM,
     params: Params,
     cache: kv.Cache,
-    tokens: Int[Array, "B T"],
-    lengths: Int[Array, " B"] | None = None,
+    tokens: Int[HostOrDevice, "B T"],
+    lengths: Int[HostOrDevice, " B"] | None = None,
     *,
     policy: kv.CachePolicy = kv.CachePolicy(),
 ) -> tuple[Float[Array, "B V"], dict[str, Any]]:
@@ -121,7 +123,7 @@ class _DecodeStep:
         model: MiniLLM,
         params: Params,
         cache: kv.Cache,
-        tokens: Int[Array, " B"],
+        tokens: Int[HostOrDevice, " B"],
         *,
         policy: kv.CachePolicy = kv.CachePolicy(),
     ) -> tuple[Float[Array, "B V"], dict[str, Any]]:
@@ -158,7 +160,7 @@ def _decode_step(model, params, cache, tokens, *, policy):
 decode_step = _DecodeStep()
 
 
-def _step(model, params, cache, tokens, counts, policy):
+def _step(model, params, cache, tokens, counts, policy) -> tuple[Any, dict[str, Any]]:
     logits, updated = model.apply(
         {"params": params, "cache": cache},
         tokens[:, None],
@@ -176,8 +178,8 @@ def decode_chunk(
     model: MiniLLM,
     params: Params,
     cache: kv.Cache,
-    tokens: Int[Array, " B"],
-    active: Bool[Array, " B"],
+    tokens: Int[HostOrDevice, " B"],
+    active: Bool[HostOrDevice, " B"],
     *,
     steps: int,
     policy: kv.CachePolicy = kv.CachePolicy(),
@@ -200,7 +202,7 @@ def decode_chunk(
     ends = jnp.asarray(model.config.eos_token_ids or (-1,), jnp.int32)
     capacity = kv.token_capacity(model.config, cache, policy)
 
-    def step(carry, _):
+    def step(carry: tuple[Any, Any, Any], _: None):
         cache, tokens, active = carry
         counts = active.astype(jnp.int32)
         logits, cache = _step(model, params, cache, tokens, counts, policy)
@@ -210,9 +212,13 @@ def decode_chunk(
         ended = jnp.isin(tokens, ends) | (cache["lengths"] + 1 >= capacity)
         return (cache, tokens, active & ~ended), sampled
 
-    carry = (dict(cache), tokens.astype(jnp.int32), active)
-    carry, sampled = jax.lax.scan(step, carry, length=steps)
-    return DecodeChunk(sampled.T, carry[1], carry[2], carry[0])
+    carry: tuple[Any, Any, Any] = (
+        dict(cache),
+        jnp.asarray(tokens, jnp.int32),
+        jnp.asarray(active),
+    )
+    last, sampled = jax.lax.scan(step, carry, length=steps)
+    return DecodeChunk(sampled.T, tokens=last[1], active=last[2], cache=last[0])
 
 
 def check_tokens(config: ModelConfig, tokens: Any) -> None:
@@ -236,7 +242,7 @@ def _host(x: Any) -> np.ndarray | None:
 
 
 def _checked_prompt(config: ModelConfig, cache, tokens, lengths, policy):
-    """The prompt's lengths and the longest of them; the width of `tokens` in a trace."""
+    """The lengths, and the longest of them; in a trace the width of `tokens`."""
     batch, width = tokens.shape
     lengths = np.full(batch, width, np.int32) if lengths is None else lengths
     check_tokens(config, tokens)
@@ -254,6 +260,6 @@ def _check_room(config: ModelConfig, cache, held, wanted, policy) -> None:
     capacity = kv.token_capacity(config, cache, policy)
     for row in np.flatnonzero(held + wanted > capacity):
         raise kv.CacheOverflowError(
-            f"row {row} holds {held[row]} tokens and {wanted[row]} more were asked, but "
-            f"its capacity is {capacity}: {max(capacity - held[row], 0)} would fit"
+            f"row {row} holds {held[row]} tokens and {wanted[row]} more were asked, "
+            f"but its capacity is {capacity}: {max(capacity - held[row], 0)} would fit"
         )

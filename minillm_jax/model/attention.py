@@ -7,7 +7,8 @@ full forward, a prefill chunk at any offset, a decode step and a wrapped ring:
     query at 6      x . . . x x x .     the sink, then the last window - sinks
 
 Axes: B batch, T query length, S key/value length, N query heads, K key/value heads,
-G = N // K, P = G + 2 (a group's queries, its key, its value), H head dim, D model dim.
+G = N // K, P = G + 2 (a group's queries, its key, its value), H head dim, R = H/2,
+D model dim.
 """
 
 import math
@@ -40,8 +41,8 @@ class Span(NamedTuple):
 
     places: Places  # [B, T]
     counts: jax.Array  # [B] valid tokens of this call, the first ones of each row
-    cos: jax.Array  # [B, T, H/2]
-    sin: jax.Array  # [B, T, H/2]
+    cos: jax.Array  # [B, T, R]
+    sin: jax.Array  # [B, T, R]
 
 
 def visible(queries: Places, keys: Places, rule: kv.SlotRule) -> Bool[Array, "*B T S"]:
@@ -71,7 +72,7 @@ def attend(
     A block's scores take at most about SCORE_BYTES, and in training they are computed
     again rather than stored, so that memory is linear in T and S.
     """
-    length, block = q.shape[-2], _query_block(q.shape, k.shape[-2])
+    length, block = q.shape[-2], query_block(q.shape, k.shape[-2])
     if block >= length:
         return _attend_block(q, k, v, visible(queries, keys, rule))
 
@@ -86,7 +87,7 @@ def attend(
     return out.reshape(*q.shape[:-2], -1, q.shape[-1])[..., :length, :]
 
 
-def _query_block(q_shape: tuple[int, ...], slots: int) -> int:
+def query_block(q_shape: tuple[int, ...], slots: int) -> int:
     """Queries of a block: the power of two whose scores fit SCORE_BYTES."""
     heads = math.prod(q_shape[:-2])
     fitting = max(1, SCORE_BYTES // (4 * heads * slots))
@@ -112,7 +113,7 @@ def _attend_block(q, k, v, mask):
 
 
 class Attention(nn.Module):
-    """Projections, RoPE and `attend`; appends to its two cache leaves if it has them."""
+    """Projections, RoPE and `attend`; appends to its cache leaves if it has them."""
 
     config: ModelConfig
 
@@ -143,7 +144,7 @@ class Attention(nn.Module):
         kernel = layers.param(self, "qkv", (config.dim_model, *heads))
         qkv = layers.project(x, kernel).reshape(*x.shape[:2], *heads)
         if config.qkv_bias:
-            qkv += layers.param(self, "qkv_bias", heads).astype(x.dtype)
+            qkv += layers.param(self, "qkv_bias", heads).astype(x.dtype)[None, None]
         qkv = jnp.moveaxis(qkv, 1, 3)  # [B, K, P, T, H]
         q, k, v = qkv[:, :, :-2], qkv[:, :, -2], qkv[:, :, -1]
         if config.qk_norm:

@@ -92,6 +92,15 @@ def num_slots(config: ModelConfig, capacity: int, policy: CachePolicy) -> int:
     return min(slots, config.sliding_window + spare)
 
 
+def capacity_bucket(config: ModelConfig, tokens: int) -> int:
+    """The smallest power of two that holds `tokens`, at most `max_kv_cache_len`.
+
+    A cache of that capacity costs what its tokens cost, and not what the config allows;
+    few sizes mean few executables.
+    """
+    return min(1 << (tokens - 1).bit_length(), config.max_kv_cache_len)
+
+
 def token_capacity(config: ModelConfig, cache: Cache, policy: CachePolicy) -> int:
     """Tokens a row of `cache` can hold; MAX_POSITIONS where it never fills up.
 
@@ -216,7 +225,7 @@ def _put(leaf, new, slot, lowest: int, count):
     if length > 1:
         new = jnp.take(new, index, axis=-2, mode="clip")
     old = jax.lax.dynamic_slice_in_dim(leaf, start, length, axis=-2)
-    merged = jnp.where(keep[:, None], new, old)
+    merged = jnp.where(keep[None, :, None], new, old)
     return jax.lax.dynamic_update_slice_in_dim(leaf, merged, start, axis=-2)
 
 
@@ -224,7 +233,8 @@ def slot_positions(
     lengths: Int[Array, "*B"], slots: int, rule: SlotRule
 ) -> Int[Array, "*B S"]:
     """The position each slot holds after `lengths` tokens; -1 = empty."""
-    slot, last = jnp.arange(slots), lengths[..., None] - 1
+    last = lengths[..., None] - 1
+    slot = jnp.broadcast_to(jnp.arange(slots), (*lengths.shape, slots))
     if not rule.wraps:
         return jnp.where(slot <= last, slot, -1)
     latest = last - (last - slot) % (slots - rule.sinks)

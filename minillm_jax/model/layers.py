@@ -23,12 +23,12 @@ def _truncated_normal(std: float) -> nn.initializers.Initializer:
 
 
 def _from_model(config: ModelConfig) -> nn.initializers.Initializer:
-    """Truncated normal with std 1 / sqrt(fan_in), for a kernel whose first axis is D."""
+    """Truncated normal, std 1 / sqrt(fan_in), for a kernel whose first axis is D."""
     return _truncated_normal(config.dim_model**-0.5)
 
 
 def _into_residual(config: ModelConfig) -> nn.initializers.Initializer:
-    """Truncated normal with std 1 / sqrt(2 L fan_in), for a kernel whose last axis is D.
+    """Truncated normal, std 1 / sqrt(2 L fan_in), for a kernel whose last axis is D.
 
     Smaller by sqrt(2 L), for 2 L of them add to the residual stream, whose variance
     would else grow with depth (GPT-2, Radford et al. 2019).
@@ -63,9 +63,9 @@ def param(module: nn.Module, name: str, shape: tuple[int, ...]) -> jax.Array:
 
 
 def project(x: Float[Array, "*axes I"], kernel: Float[Array, "..."]) -> jax.Array:
-    """`x` times a kernel `[..I.., ..O..]`, whose first axes multiply to I: `[*axes, O]`.
+    """`x` times a kernel whose first axes multiply to I; the rest come out as one.
 
-    One plain matrix product: written as an einsum over the kernel's own axes, XLA on CPU
+    One plain matrix product: as an einsum over the kernel's own axes, XLA on CPU
     transposes the weights, which costs more than the product of a decode step.
     """
     matrix = kernel.reshape(x.shape[-1], -1)
@@ -79,7 +79,8 @@ def rms_norm(
     x32 = x.astype(jnp.float32)
     mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
     normed = x32 * jax.lax.rsqrt(mean_square + eps)
-    return (normed * scale.astype(jnp.float32)).astype(x.dtype)
+    scale = jnp.broadcast_to(scale.astype(jnp.float32), x.shape)
+    return (normed * scale).astype(x.dtype)
 
 
 def gated_mlp(

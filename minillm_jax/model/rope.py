@@ -3,7 +3,7 @@
 The pairs that turn together are (x[i], x[i + H/2]), the layout of Hugging Face weights.
 Angles are float32 and computed from positions, so that no table bounds the context.
 
-Axes: B batch, T query length, H head dim.
+Axes: B batch, T query length, H head dim, R = H/2 pairs.
 """
 
 import math
@@ -17,7 +17,7 @@ from minillm_jax.config import ModelConfig, RopeScaling
 
 
 def frequencies(config: ModelConfig) -> np.ndarray:
-    """Radians per token of each pair, `[H/2]` float32, scaled as the config says."""
+    """Radians per token of each pair, `[R]` float32, scaled as the config says."""
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
     plain = config.rope_theta**-exponents
     if config.rope_scaling is None:
@@ -49,16 +49,17 @@ _SCALINGS = {"linear": _linear, "llama3": _llama3}
 
 def cos_sin(
     config: ModelConfig, positions: Int[Array, "B T"]
-) -> tuple[Float[Array, "B T H/2"], Float[Array, "B T H/2"]]:
+) -> tuple[Float[Array, "B T R"], Float[Array, "B T R"]]:
     """Cosine and sine of every pair's angle at each position, float32."""
-    angles = positions[..., None].astype(jnp.float32) * frequencies(config)
+    per_token = frequencies(config)[None, None]
+    angles = positions[..., None].astype(jnp.float32) * per_token
     return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(
     x: Float[Array, "*heads T H"],
-    cos: Float[Array, "*#heads T H/2"],
-    sin: Float[Array, "*#heads T H/2"],
+    cos: Float[Array, "*#heads T R"],
+    sin: Float[Array, "*#heads T R"],
 ) -> Float[Array, "*heads T H"]:
     """Turns each pair of `x` by its angle, in float32; returns `x`'s dtype."""
     with jax.named_scope("rope"):

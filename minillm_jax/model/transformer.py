@@ -40,8 +40,9 @@ class Block(nn.Module):
 
 
 class MiniLLM(nn.Module):
-    """Tokens to logits; with a `cache` collection it appends to it, without one it is
-    the plain causal forward. It never creates cache variables: `init_cache` does.
+    """Tokens to logits: the plain causal forward, or appending to a `cache` collection.
+
+    It never creates cache variables: `init_cache` does.
     """
 
     config: ModelConfig
@@ -82,7 +83,7 @@ class MiniLLM(nn.Module):
         logits = self.unembed(x)
         if counts is None:
             return logits
-        valid = jnp.arange(tokens.shape[1]) < counts[:, None]
+        valid = jnp.arange(tokens.shape[1])[None] < counts[:, None]
         return jnp.where(valid[..., None], logits, 0.0)
 
     def hidden(
@@ -148,7 +149,7 @@ class MiniLLM(nn.Module):
 
     def _span(self, start, length: int, counts, segment_ids) -> Span:
         batch = start.shape[0]
-        positions = start[:, None] + jnp.arange(length, dtype=jnp.int32)
+        positions = start[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
         turned = positions
         if segment_ids is not None:  # a packed document's own positions start at 0
             before = jnp.pad(segment_ids, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]

@@ -1,0 +1,75 @@
+"""Tokens per second of a KV-cached decode, beside none and beside the memory's limit.
+
+    python -m benchmarks.decode --config=configs/small.py
+    python -m benchmarks.decode --config=medium --config.decode.contexts=256,2048
+
+Prints a table, then one JSON object as the last line.
+"""
+
+from typing import Any
+
+import jax
+
+from benchmarks import decode_runs, fit, measure, report
+from minillm_jax.cli import app, config_files
+from minillm_jax.model import transformer
+from minillm_jax.planning import costs, devices
+
+
+def benchmark(config: Any) -> dict[str, Any]:
+    """Measures a config file's model; returns the object that `main` prints.
+
+    Raises:
+      ConfigError: for a wrong config.
+      UserError: if it does not fit this machine.
+    """
+    model = transformer.create_model(config_files.model_config(config))
+    settings = config_files.decode_settings(config)
+    shapes = decode_runs.shapes(model.config, settings)
+    fit.check(model.config, settings)
+
+    results: list[dict[str, Any]] = []
+    with report.stages("weights", 1 + 3 * len(shapes)) as bar:
+
+        def progress(stage: str) -> None:
+            shown = shapes[min(len(results), len(shapes) - 1)]
+            bar.update(
+                bar.task_ids[0], advance=1, description=f"{shown.context}: {stage}"
+            )
+
+        bandwidth = measure.Bandwidth()
+        params = jax.block_until_ready(transformer.init_params(model))
+        for shape in shapes:
+            results.append(
+                decode_runs.run(
+                    model,
+                    params,
+                    shape,
+                    repeats=settings.repeats,
+                    compare_no_cache=settings.compare_no_cache,
+                    bandwidth=bandwidth,
+                    progress=progress,
+                )
+            )
+    sections = {"model": model.config.to_dict(), "decode": config.decode.to_dict()}
+    return report.header("decode", sections) | {
+        "bandwidth_gb_per_s": max(row["bandwidth_gb_per_s"] for row in results),
+        "memory": {
+            "weights_bytes": costs.weight_bytes(model.config),
+            "cache_bytes": max(row["cache_bytes_allocated"] for row in results),
+            "cache_used_bytes": max(row["cache_bytes_used"] for row in results),
+            "peak_bytes": devices.peak_bytes(jax.devices()[0]),
+        },
+        "results": results,
+    }
+
+
+def main(config: Any) -> None:
+    """Measures, then prints."""
+    result = benchmark(config)
+    report.show_decode(result)
+    report.write_json(result, config.decode.json_path)
+
+
+if __name__ == "__main__":
+    app.run(main)

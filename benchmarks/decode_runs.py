@@ -1,0 +1,190 @@
+"""Decode and prefill speed of one model, with and without its cache.
+
+Per context: a prompt is prefilled, `new_tokens` are decoded greedily from the same
+state again and again, and a few tokens are decoded by full forwards instead. The read
+bandwidth is probed between the repeats, so that each has its own bound beside it.
+"""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import measure, prompts
+from minillm_jax.cli.config_files import DecodeSettings
+from minillm_jax.config import ConfigError, ModelConfig
+from minillm_jax.decoding import decode
+from minillm_jax.model import cache as kv
+from minillm_jax.model.transformer import MiniLLM
+from minillm_jax.planning import costs
+
+PREFILL_SECONDS = 10.0  # repeated for no longer than this
+NO_CACHE_TOKENS, NO_CACHE_SECONDS = 3, 20.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """One measurement: how many rows, and how many tokens each."""
+
+    batch_size: int
+    prompt_tokens: int
+    new_tokens: int
+    capacity: int  # tokens the cache is allocated for
+
+    @property
+    def context(self) -> int:
+        """Tokens a row holds at the end."""
+        return self.prompt_tokens + self.new_tokens
+
+
+def shapes(config: ModelConfig, settings: DecodeSettings) -> list[Shape]:
+    """The measurements that the settings ask for; raises ConfigError with numbers."""
+    found = []
+    for context in settings.measured_contexts():
+        capacity = settings.capacity
+        if capacity is None:
+            capacity = kv.capacity_bucket(config, context)
+        if not context <= capacity <= config.max_kv_cache_len:
+            raise ConfigError(
+                f"config.decode: a context of {context} tokens needs a capacity of at "
+                f"least that and at most max_kv_cache_len={config.max_kv_cache_len}, "
+                f"not {capacity}; write contexts=({min(capacity, context) // 2},)"
+            )
+        prompt = context - settings.new_tokens
+        found.append(Shape(settings.batch_size, prompt, settings.new_tokens, capacity))
+    return found
+
+
+def run(
+    model: MiniLLM,
+    params: decode.Params,
+    shape: Shape,
+    *,
+    repeats: int,
+    compare_no_cache: bool = True,
+    bandwidth: measure.Bandwidth,
+    progress: Callable[[str], None] = lambda stage: None,
+) -> dict[str, Any]:
+    """Measures one shape; the keys are those of the benchmark's `results`."""
+    config = model.config.replace(eos_token_ids=())  # every row runs to the end
+    model, rows, vocab = MiniLLM(config), shape.batch_size, config.vocab_size
+    prompt = prompts.source_tokens(rows, shape.prompt_tokens, vocab)
+    cache = kv.init_cache(config, rows, shape.capacity)
+
+    progress("prefill")
+    with measure.compile_seconds() as compiling:
+        prefilled, cache, tokens = _prefill(model, params, cache, prompt, repeats)
+        progress("decode")
+        steps, bounds = _decode(
+            model, params, cache, tokens, shape=shape, repeats=repeats, probe=bandwidth
+        )
+        compiled = compiling()
+    del cache
+    no_cache = None
+    if compare_no_cache and shape.context <= config.max_seq_len:
+        progress("no cache")
+        no_cache = _no_cache(model, params, np.resize(prompt, (rows, shape.context)))
+
+    held = shape.prompt_tokens + shape.new_tokens // 2  # mean over the steps
+    bytes_per_step = costs.decode_step_bytes(config, rows, held)
+    rate = [rows / seconds for seconds in steps]
+    achieved = [bytes_per_step / seconds for seconds in steps]
+    ttft = statistics.median(prefilled)
+    speed = measure.spread(rate)
+    return {
+        "batch_size": rows,
+        "context": shape.context,
+        "prompt_tokens": shape.prompt_tokens,
+        "new_tokens": shape.new_tokens,
+        "capacity": shape.capacity,
+        "cache_bytes_allocated": costs.cache_bytes(
+            config, rows, slots_of(config, shape)
+        ),
+        "cache_bytes_used": costs.cache_bytes(
+            config, rows, min(shape.context, slots_of(config, shape))
+        ),
+        "compile_seconds": compiled,
+        "ttft_seconds": ttft,
+        "prefill_tokens_per_second": rows * shape.prompt_tokens / ttft,
+        "decode_tokens_per_second": speed,
+        "ms_per_token": 1e3 * statistics.median(steps),
+        "bytes_per_step": bytes_per_step,
+        "gb_per_s": statistics.median(achieved) / 1e9,
+        "bandwidth_gb_per_s": statistics.median(bounds) / 1e9,
+        "mbu": statistics.median(a / b for a, b in zip(achieved, bounds, strict=True)),
+        "no_cache_tokens_per_second": no_cache,
+        "speedup": speed["median"] / no_cache if no_cache else None,
+    }
+
+
+def slots_of(config: ModelConfig, shape: Shape) -> int:
+    """Slots of a cache leaf."""
+    return kv.num_slots(config, shape.capacity, kv.CachePolicy())
+
+
+def _prefill(model, params, cache, prompt, repeats: int):
+    """Seconds from a prompt on the host to its first token there, per repeat."""
+    seconds, spent, tokens = [], 0.0, None
+    with measure.compile_seconds() as compiling:
+        for repeat in range(repeats + 1):
+            before, start = compiling(), time.perf_counter()
+            logits, cache = decode.prefill(model, params, cache, prompt)
+            tokens = np.asarray(jnp.argmax(logits, axis=-1))
+            took = time.perf_counter() - start - (compiling() - before)
+            cache["lengths"].block_until_ready()
+            spent += took
+            if repeat > 0 or took > PREFILL_SECONDS:  # the first one warms up
+                seconds.append(took)
+            if seconds and spent > PREFILL_SECONDS:
+                break
+            if repeat < repeats:
+                cache = rewound(cache, 0)
+    return seconds, cache, tokens
+
+
+def rewound(cache: kv.Cache, length: int) -> dict[str, Any]:
+    """The cache as after its first `length` tokens: later ones are no longer seen."""
+    batch = cache["lengths"].shape[0]
+    lengths = jax.device_put(np.full(batch, length, np.int32))
+    return dict(cache) | {"lengths": lengths}
+
+
+def _decode(model, params, cache, tokens, *, shape: Shape, repeats: int, probe):
+    """Seconds per step, and the probe beside it in bytes/s, per repeat.
+
+    The prefill gave the first of the new tokens, so one step fewer gives the rest.
+    """
+    steps, active = shape.new_tokens - 1, np.ones(shape.batch_size, bool)
+    seconds, bounds = [], []
+    for repeat in range(repeats + 1):
+        bound = probe.probe()
+        start = time.perf_counter()
+        out = decode.decode_chunk(model, params, cache, tokens, active, steps=steps)
+        jax.block_until_ready(out.sampled)
+        took = time.perf_counter() - start
+        cache = rewound(out.cache, shape.prompt_tokens)
+        if repeat > 0:  # the first one compiles and warms up
+            seconds.append(took / steps)
+            bounds.append(bound)
+    return seconds, bounds
+
+
+def _no_cache(model, params, tokens: np.ndarray) -> float:
+    """Tokens per second, all rows, when every token is a forward over the context."""
+    forward = jax.jit(_last_logits, static_argnames=("model",))
+    compiled = forward.lower(model, params, tokens).compile()
+    seconds = []
+    while len(seconds) < NO_CACHE_TOKENS and sum(seconds) < NO_CACHE_SECONDS:
+        seconds.append(measure.elapsed(compiled, params, tokens))
+    return tokens.shape[0] / statistics.median(seconds)
+
+
+def _last_logits(model, params, tokens):
+    """The logits that the next token is chosen from, and no others."""
+    x, _ = model.apply({"params": params}, tokens, method="hidden")
+    return model.apply({"params": params}, x[:, -1], method="unembed")

@@ -1,0 +1,84 @@
+"""Refuses a benchmark that would not fit, before its weights are made.
+
+The refusal names the numbers and a setting that fits by the same check.
+"""
+
+from collections.abc import Iterator
+
+import jax
+
+from benchmarks import decode_runs, measure
+from minillm_jax.cli.app import UserError
+from minillm_jax.cli.config_files import DecodeSettings
+from minillm_jax.config import ConfigError, Configs, ModelConfig
+from minillm_jax.planning import devices, memory
+
+SHORT_CONTEXT = 128
+
+
+def check(config: ModelConfig, settings: DecodeSettings) -> memory.MemoryPlan:
+    """The plan of the largest measurement; raises UserError if it does not fit."""
+    device = jax.devices()[0]
+    limit = devices.available_bytes(device) - measure.PROBE_BYTES
+    plan = plan_for(config, settings, device.platform, limit)
+    if plan.fits:
+        return plan
+    advice = "nothing smaller fits either"
+    for flags, smaller, shorter in alternatives(config, settings):
+        other = plan_for(smaller, shorter, device.platform, limit)
+        if other.fits:
+            advice = f"this fits, with {other.total_bytes / 1e9:.1f} GB: {flags}"
+            break
+    raise UserError(
+        f"does not fit: weights {plan.weights_bytes / 1e9:.1f} GB, cache "
+        f"{plan.cache_bytes / 1e9:.1f} GB, activations "
+        f"{plan.activation_bytes / 1e9:.1f} GB, copies in another dtype "
+        f"{plan.conversion_bytes / 1e9:.1f} GB; in all {plan.total_bytes / 1e9:.1f} GB "
+        f"with the runtime, but {max(limit, 0) / 1e9:.1f} GB are available on "
+        f"{devices.device_name(device)}; {advice}"
+    )
+
+
+def plan_for(
+    config: ModelConfig, settings: DecodeSettings, platform: str, limit_bytes: int
+) -> memory.MemoryPlan:
+    """The plan of the largest measurement; shapes the config refuses raise as there."""
+    shapes = decode_runs.shapes(config, settings)
+    full = [s.context for s in shapes if s.context <= config.max_seq_len]
+    return memory.plan_decode(
+        config,
+        batch_size=settings.batch_size,
+        capacity=max(shape.capacity for shape in shapes),
+        forward_tokens=max(full, default=0) if settings.compare_no_cache else 0,
+        platform=platform,
+        limit_bytes=limit_bytes,
+    )
+
+
+def alternatives(
+    config: ModelConfig, settings: DecodeSettings
+) -> Iterator[tuple[str, ModelConfig, DecodeSettings]]:
+    """Flags that ask for less, mildest first, with what they make of the two configs.
+
+    All of them measure one short context.
+    """
+    short = DecodeSettings(
+        batch_size=1, contexts=(SHORT_CONTEXT,), repeats=settings.repeats
+    )
+    flags = f"--config.decode.contexts={SHORT_CONTEXT}"
+    if settings.prompt_tokens or settings.capacity or settings.new_tokens != 32:
+        flags += f" (and prompt_tokens, capacity, new_tokens={short.new_tokens} unset)"
+    if settings.batch_size > 1:
+        flags += " --config.decode.batch_size=1"
+    try:
+        decode_runs.shapes(config, short)
+    except ConfigError:
+        return
+    yield flags, config, short
+    half = config.replace(dtype="bfloat16", param_dtype="auto", cache_dtype="auto")
+    yield f"{flags} --config.model.dtype=bfloat16", half, short
+    for layers in range(config.num_layers - 1, 0, -1):
+        smaller = config.replace(num_layers=layers)
+        yield f"{flags} --config.model.num_layers={layers}", smaller, short
+    for name in reversed(Configs.names):
+        yield f"--config={name} {flags}", Configs.by_name(name), short

@@ -1,0 +1,80 @@
+"""Clocks: the machine's read bandwidth, time spent compiling, repeats with a spread."""
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+PROBE_BYTES = 256 * 2**20  # several times any last-level cache
+
+
+class Bandwidth:
+    """Reads one large float32 array in the ways XLA reads fastest.
+
+    A probe is the best of a sum and of a matrix-vector product, two runs each: memory
+    is shared with whatever else the machine does, so a probe belongs beside each
+    measurement it is compared with.
+    """
+
+    def __init__(self) -> None:
+        rows = 4096
+        self._matrix = jnp.ones((rows, PROBE_BYTES // 4 // rows), jnp.float32)
+        self._vector = jnp.ones((self._matrix.shape[1],), jnp.float32)
+        self._reads = (
+            jax.jit(lambda matrix, vector: jnp.sum(matrix) + vector[0]),
+            jax.jit(lambda matrix, vector: matrix @ vector),
+        )
+        self.probe()  # compiles
+
+    def probe(self) -> float:
+        """Bytes per second, now."""
+        best = min(
+            elapsed(read, self._matrix, self._vector)
+            for read in self._reads
+            for _ in range(2)
+        )
+        return self._matrix.nbytes / best
+
+
+def elapsed(function: Callable[..., Any], *args: Any) -> float:
+    """Seconds until the result of `function(*args)` is there."""
+    start = time.perf_counter()
+    jax.block_until_ready(function(*args))
+    return time.perf_counter() - start
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, minimum and maximum."""
+    return {
+        "median": statistics.median(values),
+        "min": min(values),
+        "max": max(values),
+    }
+
+
+class _CompileClock:
+    """Adds up what JAX reports of tracing, lowering and compiling."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        jax.monitoring.register_event_duration_secs_listener(self._record)
+
+    def _record(self, event: str, duration_secs: float, **_: str | int) -> None:
+        if event.startswith("/jax/core/compile"):
+            self.seconds += duration_secs
+
+
+_clock: list[_CompileClock] = []
+
+
+@contextlib.contextmanager
+def compile_seconds() -> Iterator[Callable[[], float]]:
+    """A function that tells the seconds spent compiling since the block began."""
+    if not _clock:  # listeners cannot be removed: one serves for good
+        _clock.append(_CompileClock())
+    start = _clock[0].seconds
+    yield lambda: _clock[0].seconds - start

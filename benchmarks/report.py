@@ -1,0 +1,99 @@
+"""What a benchmark shows: a table for people, then one JSON line for machines."""
+
+import datetime
+import json
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from rich import console, progress, table
+
+from minillm_jax.planning import devices
+
+
+def header(benchmark: str, config: dict[str, Any]) -> dict[str, Any]:
+    """The keys that every benchmark's object starts with."""
+    device = jax.devices()[0]
+    return {
+        "benchmark": benchmark,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": " ".join(["python -m benchmarks." + benchmark, *sys.argv[1:]]),
+        "config": config,
+        "device": {"platform": device.platform, "name": devices.device_name(device)},
+        "versions": devices.versions(),
+    }
+
+
+def stages(description: str, total: int) -> progress.Progress:
+    """A progress bar on stderr, drawn on a terminal only."""
+    bar = progress.Progress(
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        console=console.Console(stderr=True),
+        transient=True,
+        disable=not sys.stderr.isatty(),
+    )
+    bar.add_task(description, total=total)
+    return bar
+
+
+# Columns of the decode table: heading, and the cell of a result.
+_DECODE_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "context": lambda row: str(row["context"]),
+    "TTFT\ns": lambda row: f"{row['ttft_seconds']:.3f}",
+    "prefill\ntok/s": lambda row: f"{row['prefill_tokens_per_second']:.0f}",
+    "decode\ntok/s": lambda row: f"{row['decode_tokens_per_second']['median']:.4g}",
+    "\n(min-max)": lambda row: "({min:.4g}-{max:.4g})".format(
+        **row["decode_tokens_per_second"]
+    ),
+    "\nGB/s": lambda row: f"{row['gb_per_s']:.1f}",
+    "\nMBU": lambda row: f"{row['mbu']:.2f}",
+    "no cache\ntok/s": lambda row: _or_dash(row["no_cache_tokens_per_second"], ".3g"),
+    "\nspeed-up": lambda row: _or_dash(row["speedup"], ".1f", "x"),
+}
+
+
+def show_decode(result: dict[str, Any]) -> None:
+    """The decode benchmark's table, with what its columns mean."""
+    out = console.Console(highlight=False)
+    memory, versions = result["memory"], result["versions"]
+    out.print(
+        f"{result['device']['name']} ({result['device']['platform']}), jax "
+        f"{versions['jax']}, {result['config']['model']['dtype']}, batch size "
+        f"{result['config']['decode']['batch_size']}\n"
+        f"weights {_gb(memory['weights_bytes'])}, cache {_gb(memory['cache_bytes'])} "
+        f"of which {_gb(memory['cache_used_bytes'])} used, peak "
+        f"{_gb(memory['peak_bytes'])}\n"
+        f"read bandwidth {result['bandwidth_gb_per_s']:.1f} GB/s\n"
+    )
+    grid = table.Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for heading in _DECODE_COLUMNS:
+        grid.add_column(heading, justify="right", no_wrap=True)
+    for row in result["results"]:
+        grid.add_row(*(cell(row) for cell in _DECODE_COLUMNS.values()))
+    out.print(grid)
+    out.print(
+        "\ntok/s: all rows together. GB/s: the bytes a step must read over its time.\n"
+        "MBU: its share of the read bandwidth probed beside each repeat (median).\n"
+        "no cache: one full forward over the context for each token.\n"
+    )
+
+
+def _or_dash(value: float | None, form: str, unit: str = "") -> str:
+    return "-" if value is None else f"{value:{form}}{unit}"
+
+
+def _gb(size: int | None) -> str:
+    return "unknown" if size is None else f"{size / 1e9:.3g} GB"
+
+
+def write_json(result: dict[str, Any], path: str | None) -> None:
+    """The object as the last line on stdout, and into a file where one is named."""
+    line = json.dumps(result)
+    if path is not None:
+        pathlib.Path(path).write_text(line + "\n")
+    print(line, flush=True)

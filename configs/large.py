@@ -1,0 +1,19 @@
+"""Large: 1.36 B parameters; sequences of 4096 tokens, a cache of 8192.
+
+    python -m benchmarks.decode --config=configs/large.py
+
+On a machine that takes long at 4096 tokens, measure a short context:
+
+    python -m benchmarks.decode --config=configs/large.py --config.decode.contexts=128
+
+Any field can be set behind it, such as --config.model.num_kv_heads=4. The numbers of
+the preset are in minillm_jax/config.py.
+"""
+
+from minillm_jax.cli import config_files
+
+
+def get_config():
+    """The preset with its benchmark settings; change fields here."""
+    config = config_files.preset("large")
+    return config

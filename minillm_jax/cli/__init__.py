@@ -1,0 +1,1 @@
+"""Command lines; nothing in the library imports them."""

@@ -1,0 +1,106 @@
+"""Between ml_collections' config files and the library's frozen configs.
+
+A config file's `get_config()` starts from `preset(name)` and changes fields. Its
+sections become frozen once, in `model_config` and `decode_settings`.
+"""
+
+import dataclasses
+import typing
+from typing import Annotated, Any, TypeVar
+
+from ml_collections import config_dict
+
+from minillm_jax import validation
+from minillm_jax.config import ConfigError, Configs, ModelConfig, Tokens
+
+_Section = TypeVar("_Section")
+_TIMES = validation.Range(1, 100_000)
+
+
+@validation.checked_fields()
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeSettings:
+    """`config.decode`: what `benchmarks.decode` measures."""
+
+    batch_size: Annotated[int, _TIMES] = 1
+    # Tokens a row holds when a measurement ends, one measurement each.
+    contexts: tuple[int, ...] = ()
+    # Generated tokens of each repeat; the prefill gives the first of them.
+    new_tokens: Annotated[int, validation.Range(2, 2**20)] = 32
+    # None = context - new_tokens; a number replaces `contexts` by one measurement.
+    prompt_tokens: Annotated[int | None, Tokens] = None
+    # Tokens the cache is made for; None = the smallest power of two that holds them.
+    capacity: Annotated[int | None, Tokens] = None
+    repeats: Annotated[int, _TIMES] = 5
+    compare_no_cache: bool = True  # also decode by full forwards
+    json_path: str | None = None  # also write the JSON object to this file
+
+    def measured_contexts(self) -> tuple[int, ...]:
+        """The contexts to measure, tokens; raises ConfigError if one is too short."""
+        if self.prompt_tokens is not None:
+            return (self.prompt_tokens + self.new_tokens,)
+        for context in self.contexts:
+            if context <= self.new_tokens:
+                raise ConfigError(
+                    f"contexts={self.contexts}: each must exceed new_tokens="
+                    f"{self.new_tokens}, for a prompt comes first; write "
+                    f"{4 * self.new_tokens}"
+                )
+        if not self.contexts:
+            raise ConfigError("contexts=(): needs at least one, such as (128,)")
+        return self.contexts
+
+
+def preset(name: str) -> Any:
+    """The ConfigDict of a preset, every field open to the command line.
+
+    Raises:
+      ConfigError: if there is no such preset.
+    """
+    model = Configs.by_name(name)
+    contexts = (128, model.max_seq_len)
+    return config_dict.ConfigDict(
+        {
+            "model": _section(ModelConfig, model.given()),
+            "decode": _section(DecodeSettings, {"contexts": contexts}),
+        }
+    )
+
+
+def model_config(config: Any) -> ModelConfig:
+    """The `model` section; raises ConfigError, with the section's name before it."""
+    return _frozen(ModelConfig, config, "model")
+
+
+def decode_settings(config: Any) -> DecodeSettings:
+    """The `decode` section; raises ConfigError, with the section's name before it."""
+    return _frozen(DecodeSettings, config, "decode")
+
+
+def _section(cls: type, given: dict[str, Any]) -> dict[str, Any]:
+    """Every field of a checked dataclass; those that may be None as placeholders.
+
+    A plain None could not be overridden by a number from the command line.
+    """
+    section, hints = {}, typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        kind = hints[field.name]
+        if type(None) in typing.get_args(kind):
+            kind = typing.get_args(kind)[0]
+        default = given.get(field.name, field.default)
+        if default is None or default is dataclasses.MISSING:
+            plain = config_dict.ConfigDict if dataclasses.is_dataclass(kind) else kind
+            default = config_dict.placeholder(plain)
+        section[field.name] = default
+    return section
+
+
+def _frozen(cls: type[_Section], config: Any, name: str) -> _Section:
+    section = config.get(name) if hasattr(config, "get") else None
+    if section is None:
+        raise ConfigError(f"the config has no section {name!r}; start from a preset")
+    values = section.to_dict() if hasattr(section, "to_dict") else section
+    try:
+        return cls(**values)
+    except ConfigError as error:
+        raise ConfigError([f"config.{name}.{p}" for p in error.problems]) from None

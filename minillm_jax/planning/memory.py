@@ -1,0 +1,112 @@
+"""Whether a model and its cache fit, before anything is allocated.
+
+The parts are summed for the moment when they are all alive: weights, cache, one decode
+or prefill call with its activations, and what the runtime itself takes.
+"""
+
+import dataclasses
+
+import jax
+
+from minillm_jax.config import ModelConfig
+from minillm_jax.model import attention
+from minillm_jax.model import cache as kv
+from minillm_jax.planning import costs
+
+RUNTIME_BYTES = 640 * 2**20  # Python, JAX and the compiler, resident on the host
+MARGIN = 1.03  # of the rest: allocator rounding, small buffers
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes by class, beside the limit they must keep."""
+
+    weights_bytes: int
+    cache_bytes: int
+    activation_bytes: int  # the largest call's, its logits included
+    conversion_bytes: int  # copies of weights and cache in another dtype
+    runtime_bytes: int
+    limit_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """The sum, with a margin for the allocator."""
+        parts = (self.weights_bytes, self.cache_bytes, self.activation_bytes)
+        return int(MARGIN * (sum(parts) + self.conversion_bytes)) + self.runtime_bytes
+
+    @property
+    def fits(self) -> bool:
+        """Whether the total keeps the limit."""
+        return self.total_bytes <= self.limit_bytes
+
+
+def plan_decode(
+    config: ModelConfig,
+    *,
+    batch_size: int,
+    capacity: int,
+    forward_tokens: int = 0,
+    platform: str,
+    limit_bytes: int,
+    policy: kv.CachePolicy = kv.CachePolicy(),
+) -> MemoryPlan:
+    """The plan of a prefill and decode, and of a forward without cache if there is one.
+
+    Args:
+      config: dtypes "auto" are resolved for `platform`.
+      batch_size: rows.
+      capacity: tokens a row of the cache can hold.
+      forward_tokens: tokens per row of the longest forward without cache.
+      platform: JAX's name of it: "cpu", "gpu" or "tpu".
+      limit_bytes: what may be used.
+      policy: what the cache is made with.
+    """
+    config = config.resolve(platform)
+    slots = kv.num_slots(config, capacity, policy)
+    weights = costs.weight_bytes(config)
+    cache = costs.cache_bytes(config, batch_size, slots)
+    chunk = min(config.prefill_chunk, capacity)
+    calls = [(chunk, slots)]
+    if forward_tokens:
+        calls.append((forward_tokens, forward_tokens))
+    return MemoryPlan(
+        weights_bytes=weights,
+        cache_bytes=cache,
+        activation_bytes=max(_activations(config, batch_size, *c) for c in calls),
+        conversion_bytes=_conversions(config, platform, weights + cache),
+        runtime_bytes=RUNTIME_BYTES if platform == "cpu" else 0,
+        limit_bytes=limit_bytes,
+    )
+
+
+def _activations(config: ModelConfig, rows: int, tokens: int, keys: int) -> int:
+    """Bytes alive at once in a call: the widest layer, its scores, the logits.
+
+    A layer holds its input and residual, gate and up with their product, and q, k, v;
+    the attention block its scores twice over, and copies of q and the output.
+    """
+    size = costs.itemsize(config.dtype)
+    heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    width = 3 * config.dim_model + 3 * config.dim_ff + 2 * heads
+    shape = (rows, config.num_heads, tokens, config.head_dim)
+    block = min(tokens, attention.query_block(shape, keys))
+    scores = 3 * 4 * rows * config.num_heads * block * keys
+    return rows * tokens * width * size + scores + 2 * 4 * rows * config.vocab_size
+
+
+def _conversions(config: ModelConfig, platform: str, stored: int) -> int:
+    """Copies in another dtype that XLA keeps beside the stored arrays.
+
+    Weights stored in another dtype than they are computed in are converted before a
+    token loop, all of them. XLA on CPU has no bfloat16 products for few rows and
+    converts to float32: up to JAX 0.11 all weights and the whole cache, then one
+    matrix at a time.
+    """
+    compute = costs.itemsize(config.dtype)
+    if platform == "cpu" and config.dtype != "float32":
+        if jax.__version_info__ < (0, 12):
+            return stored * 4 // costs.itemsize(config.param_dtype)
+        return 4 * config.dim_model * max(2 * config.dim_ff, config.vocab_size)
+    if config.param_dtype != config.dtype:
+        return costs.parameters(config) * compute
+    return 0

@@ -1,0 +1,154 @@
+"""The decode benchmark from end to end, and its refusals."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import minillm_jax as mj
+from benchmarks import decode_runs, fit, measure, prompts
+from minillm_jax.cli import app, config_files
+
+ROOT = pathlib.Path(__file__).parents[2]
+CONFIG = """
+from minillm_jax.cli import config_files
+
+def get_config():
+    config = config_files.preset("small")
+    config.model.update(dim_model=64, num_heads=2, dim_ff=128, num_layers=2)
+    config.model.update(vocab_size=256, max_seq_len=64, max_kv_cache_len=128)
+    config.model.eos_token_ids = (0, 1, 2, 3)
+    config.decode.update(contexts=(40, 100), new_tokens=8, repeats=2, batch_size=2)
+    return config
+"""
+
+
+def test_the_benchmark_prints_a_table_and_one_json_object_last(tmp_path):
+    path, copy = tmp_path / "config.py", tmp_path / "result.json"
+    path.write_text(CONFIG)
+    command = [sys.executable, "-m", "benchmarks.decode", f"--config={path}"]
+    command += [f"--config.decode.json_path={copy}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    *table, last = done.stdout.splitlines()
+    assert any("speed-up" in line for line in table)
+    assert all(len(line) <= 80 for line in table)
+    result = json.loads(last)
+    assert json.loads(copy.read_text()) == result
+    assert set(result) >= {
+        "benchmark", "date", "command", "config", "device", "versions",
+        "bandwidth_gb_per_s", "memory", "results",
+    }  # fmt: skip
+    assert set(result["memory"]) >= {"weights_bytes", "cache_bytes", "peak_bytes"}
+    short, long = result["results"]
+    assert set(short) >= {
+        "batch_size", "context", "prompt_tokens", "new_tokens", "compile_seconds",
+        "ttft_seconds", "prefill_tokens_per_second", "decode_tokens_per_second",
+        "ms_per_token", "bytes_per_step", "gb_per_s", "mbu",
+        "no_cache_tokens_per_second", "speedup",
+    }  # fmt: skip
+    assert (short["context"], short["prompt_tokens"], short["new_tokens"]) == (
+        40,
+        32,
+        8,
+    )
+    assert short["speedup"] > 0
+    assert long["speedup"] is None  # longer than max_seq_len
+    rate = short["decode_tokens_per_second"]
+    assert rate["min"] <= rate["median"] <= rate["max"]
+    milliseconds = 1e3 * short["batch_size"] / rate["median"]
+    assert short["ms_per_token"] == pytest.approx(milliseconds)
+    assert short["cache_bytes_allocated"] == 64 / 40 * short["cache_bytes_used"]
+
+
+def test_each_repeat_decodes_from_the_same_state(tiny_model, tiny_params):
+    """A rewound cache gives the tokens of a fresh one."""
+    prompt = np.arange(24, dtype=np.int32).reshape(2, 12)
+    step = mj.decode_step
+    runs = []
+    logits, cache = mj.prefill(
+        tiny_model, tiny_params, mj.init_cache(tiny_model.config, 2), prompt
+    )
+    first = np.argmax(logits, axis=-1)
+    for _ in range(2):
+        tokens, out = first, []
+        cache = decode_runs.rewound(cache, 12)
+        for _ in range(20):
+            logits, cache = step(tiny_model, tiny_params, cache, tokens)
+            tokens = np.argmax(logits, axis=-1)
+            out.append(tokens)
+        runs.append(np.stack(out))
+    np.testing.assert_array_equal(*runs)
+
+
+def test_prompts_are_source_text_and_rows_differ():
+    tokens = prompts.source_tokens(2, 4096, 256)
+    assert tokens.shape == (2, 4096)
+    assert tokens.dtype == np.int32
+    assert b"import" in bytes(tokens[0].astype(np.uint8))
+    assert not np.array_equal(tokens[0], tokens[1])
+
+
+def test_capacity_is_the_bucket_of_the_context():
+    config = mj.Configs.small()
+    settings = config_files.DecodeSettings(contexts=(100, 128, 129, 1500))
+    capacities = [s.capacity for s in decode_runs.shapes(config, settings)]
+    assert capacities == [128, 128, 256, 2048]
+
+
+def overridden(name, flags):
+    """A preset's frozen configs with `--config.SECTION.FIELD=VALUE` flags applied."""
+    config = config_files.preset(name)
+    for flag in flags:
+        path, value = flag.removeprefix("--config.").split("=")
+        section, field = path.split(".")
+        kind = type(config[section][field])
+        new = (int(value),) if kind is tuple else kind(value)
+        config[section][field] = new
+    return config_files.model_config(config), config_files.decode_settings(config)
+
+
+@pytest.mark.parametrize("gigabytes", [0.5, 1.5, 3, 8, 12, 24])
+@pytest.mark.parametrize("name", mj.Configs.names)
+def test_what_a_refusal_advises_fits(monkeypatch, name, gigabytes):
+    limit = int(gigabytes * 1e9) + measure.PROBE_BYTES
+    monkeypatch.setattr(fit.devices, "available_bytes", lambda device: limit)
+    model, settings = overridden(name, [])
+    try:
+        fit.check(model, settings)
+        return
+    except app.UserError as refusal:
+        message = str(refusal)
+    assert f"but {gigabytes:.1f} GB are available" in message
+    if gigabytes < 1:
+        assert "nothing smaller fits" in message
+        return
+    flags = [word for word in message.split("fits, with")[1].split() if "--" in word]
+    named = [flag.split("=")[1] for flag in flags if flag.startswith("--config=")]
+    rest = [flag for flag in flags if not flag.startswith("--config=")]
+    model, settings = overridden(*named or [name], rest)
+    plan = fit.check(model, settings)
+    assert plan.total_bytes <= limit - measure.PROBE_BYTES
+
+
+def test_the_bandwidth_probe_reads_more_than_a_cache_holds():
+    bandwidth = measure.Bandwidth()
+    assert bandwidth._matrix.nbytes == measure.PROBE_BYTES
+    assert bandwidth.probe() > 1e8
+
+
+def test_compile_seconds_counts_compilations_only():
+    double = jax.jit(lambda x: x * 2 + 1)
+    with measure.compile_seconds() as first:
+        double(np.ones(3))
+        compiled = first()
+    with measure.compile_seconds() as second:
+        double(np.ones(3))
+        again = second()
+    assert compiled > 0
+    assert again == 0

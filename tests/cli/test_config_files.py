@@ -1,0 +1,119 @@
+"""Config files: presets from one home, every field open, frozen once."""
+
+import pathlib
+
+import jax
+import ml_collections
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+import minillm_jax as mj
+from minillm_jax.cli import config_files
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def parse(*arguments):
+    """A config as the command line would give it."""
+    values = flags.FlagValues()
+    argv = ["program", *arguments]
+    holder = config_flags.DEFINE_config_file(
+        "config", flag_values=values, sys_argv=argv
+    )
+    values(argv)
+    return holder.value
+
+
+@pytest.mark.parametrize("name", mj.Configs.names)
+def test_a_config_file_is_its_preset(name):
+    config = parse(f"--config={ROOT}/configs/{name}.py")
+    assert config_files.model_config(config) == mj.Configs.by_name(name)
+    assert config.is_locked
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("num_kv_heads=4", 4),
+        ("head_dim=32", 32),
+        ("dim_ff=256", 256),
+        ("sliding_window=64", 64),
+        ("prefill_chunk=128", 128),
+        ("rope_theta=500000", 500000.0),
+        ("tie_embeddings=true", True),
+        ("eos_token_ids=(1,2)", (1, 2)),
+        ("eos_token_ids=7", (7,)),
+        ("dtype=bfloat16", "bfloat16"),
+    ],
+)
+def test_every_kind_of_field_can_be_set_from_the_command_line(override, value):
+    config = parse(f"--config={ROOT}/configs/small.py", f"--config.model.{override}")
+    model = config_files.model_config(config)
+    assert getattr(model, override.split("=")[0]) == value
+
+
+def test_rope_scaling_can_be_set_from_the_command_line():
+    scaling = '{"rope_type": "linear", "factor": 2.0}'
+    config = parse(
+        f"--config={ROOT}/configs/small.py", f"--config.model.rope_scaling={scaling}"
+    )
+    model = config_files.model_config(config)
+    assert model.rope_scaling is not None
+    assert model.rope_scaling.factor == 2.0
+
+
+def test_every_model_field_is_in_the_config_file():
+    model = mj.Configs.small()
+    section = parse(f"--config={ROOT}/configs/small.py").model
+    assert set(section.keys()) == set(model.to_dict())
+
+
+def test_decode_contexts_take_one_number_or_several():
+    for text, contexts in (("128", (128,)), ("128,256", (128, 256))):
+        config = parse(
+            f"--config={ROOT}/configs/small.py", f"--config.decode.contexts={text}"
+        )
+        assert config_files.decode_settings(config).measured_contexts() == contexts
+
+
+def test_prompt_tokens_replace_the_contexts():
+    config = parse(
+        f"--config={ROOT}/configs/small.py",
+        "--config.decode.prompt_tokens=100",
+        "--config.decode.new_tokens=28",
+    )
+    assert config_files.decode_settings(config).measured_contexts() == (128,)
+
+
+@pytest.mark.parametrize(
+    ("max_seq_len", "max_kv_cache_len"), [(16384, 32768), (32768, 65536)]
+)
+def test_long_custom_contexts_trace_without_allocating(max_seq_len, max_kv_cache_len):
+    config = parse(
+        f"--config={ROOT}/configs/custom.py",
+        f"--config.model.max_seq_len={max_seq_len}",
+        f"--config.model.max_kv_cache_len={max_kv_cache_len}",
+    )
+    model = mj.create_model(config_files.model_config(config))
+    params = jax.eval_shape(lambda: mj.init_params(model))
+    cache = jax.eval_shape(lambda: mj.init_cache(model.config))
+    tokens = jax.ShapeDtypeStruct((1, 512), "int32")
+
+    def chunk(params, cache, tokens):
+        variables = {"params": params, "cache": cache}
+        return model.apply(variables, tokens, mutable=["cache"])
+
+    logits, updated = jax.eval_shape(chunk, params, cache, tokens)
+    assert logits.shape == (1, 512, 32000)
+    assert updated["cache"]["layers_0"]["attention"]["k"].shape[-2] == max_kv_cache_len
+
+
+def test_legacy_names_work_in_a_config_file_section():
+    section = {
+        "max_len": 64, "max_kv_cache_len": 128, "d_model": 32, "n_heads": 4,
+        "n_vocab": 300,
+    }  # fmt: skip
+    config = ml_collections.ConfigDict({"model": section})
+    with pytest.warns(DeprecationWarning, match="d_model -> dim_model"):
+        assert config_files.model_config(config).dim_model == 32

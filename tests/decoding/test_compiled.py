@@ -1,0 +1,101 @@
+"""What XLA makes of a decode: no copy of the cache, little temporary memory.
+
+Float32 caches of at least 8 MB, so that logits and activations do not hide a copy.
+"""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import minillm_jax as mj
+from minillm_jax.decoding import decode
+
+CONFIG = mj.ModelConfig(
+    max_seq_len=4096,
+    max_kv_cache_len=8192,
+    dim_model=256,
+    num_heads=4,
+    num_kv_heads=2,
+    num_layers=3,
+    vocab_size=512,
+    dtype="float32",
+    prefill_chunk=64,
+)
+# What may give a result of a leaf's shape: writing into it, and passing it on.
+IN_PLACE = {
+    "parameter", "get-tuple-element", "dynamic-update-slice", "fusion", "scatter",
+    "bitcast", "while",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model():
+    return mj.create_model(CONFIG)
+
+
+def _compiled(model, batch_size, kind, policy):
+    params = jax.eval_shape(lambda: mj.init_params(model))
+    cache = jax.eval_shape(lambda: mj.init_cache(CONFIG, batch_size, policy=policy))
+    tokens = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+    if kind == "step":
+        lowered = mj.decode_step.lower(model, params, cache, tokens, policy=policy)
+    else:
+        active = jax.ShapeDtypeStruct((batch_size,), jnp.bool_)
+        lowered = decode.decode_chunk.lower(
+            model, params, cache, tokens, active, steps=8, policy=policy
+        )
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+    assert size >= 8e6
+    leaf = cache["layers_0"]["attention"]["k"].shape
+    return lowered.compile(), size, leaf
+
+
+def results_of_shape(hlo, shape):
+    """(opcode, called computation or "") of each float32 result of `shape`."""
+    dims = ",".join(map(str, shape))
+    pattern = rf"= f32\[{dims}\]\S* ([\w-]+)\((?:.*calls=%([\w.-]+))?"
+    return re.findall(pattern, hlo)
+
+
+def fused_roots(hlo):
+    """Each fused computation's root opcode, and that of what a bitcast root passes."""
+    roots = {}
+    for name, body in re.findall(r"^%([\w.-]+) .*?\{\n(.*?)^\}", hlo, re.M | re.S):
+        root = re.search(r"ROOT %[\w.-]+ = \S+ ([\w-]+)\(", body)
+        roots[name] = root.group(1) if root else ""
+    return roots
+
+
+@pytest.mark.parametrize("policy", ["error", "ring"])
+@pytest.mark.parametrize("kind", ["step", "chunk"])
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_decode_never_copies_the_cache(model, batch_size, kind, policy):
+    overflow = mj.CachePolicy(overflow=policy)
+    compiled, size, leaf = _compiled(model, batch_size, kind, overflow)
+    hlo = compiled.as_text()
+    roots = fused_roots(hlo)
+    found = results_of_shape(hlo, leaf)
+    assert found, "no result of the leaf's shape: the pattern no longer matches"
+    for opcode, called in found:
+        assert opcode in IN_PLACE, f"{opcode} makes an array of the leaf's shape"
+        if opcode == "fusion":
+            assert roots[called] in ("dynamic-update-slice", "scatter", "bitcast")
+    memory = compiled.memory_analysis()
+    assert memory.temp_size_in_bytes <= 0.1 * size
+    assert memory.alias_size_in_bytes >= size
+
+
+def test_the_gate_sees_a_planted_copy(model):
+    """Writing after reading the old leaf costs a copy: the gate must find it."""
+
+    def read_then_write(leaf, new):
+        total = jnp.einsum("KSH,KSH->", leaf, leaf)
+        return leaf.at[:, 5].set(new + total), total + leaf[0, 3, 0]
+
+    leaf = jax.ShapeDtypeStruct((2, 8192, 64), jnp.float32)
+    new = jax.ShapeDtypeStruct((2, 64), jnp.float32)
+    undonated = jax.jit(read_then_write).lower(leaf, new).compile()
+    opcodes = {op for op, _ in results_of_shape(undonated.as_text(), leaf.shape)}
+    assert opcodes - IN_PLACE, f"no copy among {opcodes}"

@@ -1,0 +1,74 @@
+"""The plan against the compiler's own figures, and its monotony."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import minillm_jax as mj
+from minillm_jax.decoding import decode
+from minillm_jax.planning import memory
+from minillm_jax.testing import tiny_config
+
+
+def plan(config, batch_size=1, capacity=1024, forward_tokens=0, platform="cpu"):
+    return memory.plan_decode(
+        config,
+        batch_size=batch_size,
+        capacity=capacity,
+        forward_tokens=forward_tokens,
+        platform=platform,
+        limit_bytes=10**9,
+    )
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_the_plan_holds_what_the_compiler_takes(batch_size):
+    config = mj.Configs.small().replace(num_layers=2, dtype="float32")
+    model = mj.create_model(config)
+    params = jax.eval_shape(lambda: mj.init_params(model))
+    cache = jax.eval_shape(lambda: mj.init_cache(config, batch_size, 1024))
+    logits = jax.ShapeDtypeStruct((batch_size, config.vocab_size), jnp.float32)
+    tokens = jax.ShapeDtypeStruct((batch_size, config.prefill_chunk), jnp.int32)
+    lengths = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+    chunk = decode._prefill_chunk.lower(
+        model, params, cache, logits, tokens, lengths, policy=mj.CachePolicy()
+    )
+    measured = chunk.compile().memory_analysis()
+    planned = plan(config, batch_size)
+    stored = planned.weights_bytes + planned.cache_bytes
+    assert abs(measured.argument_size_in_bytes / stored - 1) <= 0.02
+    assert measured.temp_size_in_bytes <= planned.activation_bytes
+    assert planned.activation_bytes <= 2.5 * measured.temp_size_in_bytes
+
+
+def test_the_plan_of_a_gpu_is_in_bfloat16():
+    config = mj.Configs.large()
+    assert plan(config).weights_bytes == 2 * plan(config, platform="gpu").weights_bytes
+
+
+def test_what_is_converted_to_another_dtype_is_counted():
+    config = mj.Configs.small()
+    assert plan(config).conversion_bytes == 0
+    stored = config.replace(param_dtype="bfloat16", dtype="float32")
+    assert plan(stored).conversion_bytes == 2 * plan(stored).weights_bytes
+    half = plan(config.replace(dtype="bfloat16"))
+    least = 2 * half.weights_bytes if jax.__version_info__ < (0, 12) else 1
+    assert half.conversion_bytes >= least
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    batch_size=st.integers(1, 64),
+    capacity=st.integers(1, 4096),
+    layers=st.integers(1, 100),
+    more=st.sampled_from(["batch_size", "capacity", "layers"]),
+)
+def test_more_never_needs_less(batch_size, capacity, layers, more):
+    def total(batch_size, capacity, layers):
+        config = tiny_config(num_layers=layers, max_kv_cache_len=8192)
+        return plan(config, batch_size, capacity).total_bytes
+
+    sizes = {"batch_size": batch_size, "capacity": capacity, "layers": layers}
+    assert total(**(sizes | {more: sizes[more] + 1})) >= total(**sizes)
