@@ -67,18 +67,20 @@ def prefill(
       CacheOverflowError: before any work, if a row would not fit.
       ValueError: for tokens outside the vocabulary, or lengths beyond T.
     """
-    batch, longest = tokens.shape
-    lengths, longest = _checked_prompt(model.config, cache, tokens, lengths, policy)
-    logits = np.zeros((batch, model.config.vocab_size), np.float32)
+    tokens, lengths, longest = _checked_prompt(
+        model.config, cache, tokens, lengths, policy
+    )
+    shape = (tokens.shape[0], model.config.vocab_size)
+    logits: Any = np.zeros(shape, np.float32)
     start = 0
-    while start < longest:
+    while start < max(longest, 1):  # once at least, so that the result is always alike
         size = _chunk_size(model.config, longest - start)
         chunk = _cut(tokens, start, size)
         logits, cache = _prefill_chunk(
             model, params, cache, logits, chunk, lengths - start, policy=policy
         )
         start += size
-    return logits, dict(cache)  # pyright: ignore[reportReturnType]
+    return logits, dict(cache)
 
 
 def _chunk_size(config: ModelConfig, remaining: int) -> int:
@@ -88,8 +90,11 @@ def _chunk_size(config: ModelConfig, remaining: int) -> int:
 
 
 def _cut(tokens, start: int, size: int):
-    """Columns `start` to `start + size`, padded with 0; on the host where they are."""
-    xp = jnp if isinstance(tokens, jax.Array) else np
+    """Columns `start` to `start + size`, padded with 0.
+
+    On the host, outside a trace: there JAX would compile a slice for every new length.
+    """
+    xp = np if isinstance(tokens, np.ndarray) else jnp
     chunk = tokens[:, start : start + size]
     return xp.pad(chunk, ((0, 0), (0, size - chunk.shape[1])))
 
@@ -202,6 +207,9 @@ def decode_chunk(
     ends = jnp.asarray(model.config.eos_token_ids or (-1,), jnp.int32)
     capacity = kv.token_capacity(model.config, cache, policy)
 
+    def has_room(cache):  # for `tokens`, which are not in the cache yet, and one more
+        return cache["lengths"] + 2 <= capacity
+
     def step(carry: tuple[Any, Any, Any], _: None):
         cache, tokens, active = carry
         counts = active.astype(jnp.int32)
@@ -209,23 +217,27 @@ def decode_chunk(
         with jax.named_scope("sample"):
             tokens = jnp.where(active, jnp.argmax(logits, axis=-1), tokens)
         sampled = jnp.where(active, tokens, -1)
-        ended = jnp.isin(tokens, ends) | (cache["lengths"] + 1 >= capacity)
-        return (cache, tokens, active & ~ended), sampled
+        going = has_room(cache) & ~jnp.isin(tokens, ends)
+        return (cache, tokens, active & going), sampled
 
     carry: tuple[Any, Any, Any] = (
         dict(cache),
         jnp.asarray(tokens, jnp.int32),
-        jnp.asarray(active),
+        jnp.asarray(active) & has_room(cache),
     )
     last, sampled = jax.lax.scan(step, carry, length=steps)
     return DecodeChunk(sampled.T, tokens=last[1], active=last[2], cache=last[0])
 
 
-def check_tokens(config: ModelConfig, tokens: Any) -> None:
-    """Raises ValueError for ids outside the vocabulary; skipped under a trace."""
+def check_tokens(config: ModelConfig, tokens: Any) -> np.ndarray | None:
+    """The tokens on the host; None under a trace, where nothing is checked.
+
+    Raises:
+      ValueError: for ids that are not in the vocabulary, or no whole numbers.
+    """
     host = _host(tokens)
     if host is None or host.size == 0:
-        return
+        return host
     if not np.issubdtype(host.dtype, np.integer):
         raise ValueError(f"tokens: must be whole numbers, not {host.dtype}")
     low, high = int(host.min()), int(host.max())
@@ -234,25 +246,29 @@ def check_tokens(config: ModelConfig, tokens: Any) -> None:
         raise ValueError(
             f"tokens: {wrong} is outside the vocabulary, 0 to {config.vocab_size - 1}"
         )
+    return host
 
 
 def _host(x: Any) -> np.ndarray | None:
-    """`x` as a NumPy array, or None under a trace."""
-    return None if isinstance(x, jax.core.Tracer) else np.asarray(x)
+    """A copy of `x` on the host, or None under a trace.
+
+    A copy: a view would keep the buffer from being donated.
+    """
+    return None if isinstance(x, jax.core.Tracer) else np.array(x)
 
 
 def _checked_prompt(config: ModelConfig, cache, tokens, lengths, policy):
-    """The lengths, and the longest of them; in a trace the width of `tokens`."""
+    """Tokens and lengths on the host, and the longest length; in a trace as given."""
     batch, width = tokens.shape
     lengths = np.full(batch, width, np.int32) if lengths is None else lengths
-    check_tokens(config, tokens)
+    host = check_tokens(config, tokens)
     wanted, held = _host(lengths), _host(cache["lengths"])
-    if wanted is None or held is None:
-        return lengths, width
+    if host is None or wanted is None or held is None:
+        return tokens, lengths, width
     if np.any((wanted < 0) | (wanted > width)):
         raise ValueError(f"lengths: {wanted.tolist()} must lie in 0 to {width}")
     _check_room(config, cache, held, wanted, policy)
-    return wanted.astype(np.int32), int(wanted.max())
+    return host.astype(np.int32), wanted.astype(np.int32), int(wanted.max())
 
 
 def _check_room(config: ModelConfig, cache, held, wanted, policy) -> None:

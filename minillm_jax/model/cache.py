@@ -72,8 +72,9 @@ def slot_rule(config: ModelConfig, slots: int, policy: CachePolicy) -> SlotRule:
     """The rule of a layer whose leaves have `slots` slots."""
     local, spare = config.sliding_window, config.prefill_chunk - 1
     ring = policy.overflow == "ring"
-    if local is not None and (not ring or local + spare <= slots):
-        return SlotRule(wraps=True, window=local)
+    full = local is not None and local + spare <= slots  # its leaves grow no further
+    if local is not None and (full or not ring):
+        return SlotRule(wraps=full, window=local)
     if ring:
         return SlotRule(wraps=True, window=slots - spare, sinks=policy.num_sinks)
     return SlotRule()

@@ -69,7 +69,8 @@ class MiniLLM(nn.Module):
         Args:
           tokens: ids; those outside the vocabulary are clipped to it.
           lengths: valid tokens of this call in each row, the first ones; None = T. A
-            row of 0 is not touched. Logits of the rest are 0.
+            row of 0 is not touched. Logits of the rest are 0, and so are those of
+            tokens for which a row of the cache has no room: they are not stored.
           segment_ids: packed documents from 1 on, 0 = padding; only without a cache.
           policy: what the cache was made with.
 
