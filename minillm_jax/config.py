@@ -15,6 +15,7 @@ from minillm_jax.validation import OneOf, Range
 MAX_POSITIONS = 2**24  # RoPE takes positions in float32, exact up to here
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 Tokens = Range(1, MAX_POSITIONS)
+HeadDim = Range(2, 2**16)
 Dtype = OneOf(("auto", *FLOAT_DTYPES))
 
 # Names other libraries use for the same thing. They work, with a DeprecationWarning.
@@ -90,6 +91,8 @@ def _contradictions(v: dict[str, Any], derived: frozenset[str]) -> list[str]:
             f"num_heads={v['num_heads']}: must divide dim_model={v['dim_model']}; "
             f"write {divisor}, or set head_dim"
         )
+    elif broken(lambda h: HeadDim.problem(h) is not None, "head_dim"):
+        problems.append(f"head_dim={v['head_dim']}: {HeadDim.problem(v['head_dim'])}")
     elif broken(lambda h: h % 2, "head_dim"):
         problems.append(
             f"head_dim={v['head_dim']}: must be even, for RoPE turns pairs; "
@@ -112,8 +115,8 @@ def _contradictions(v: dict[str, Any], derived: frozenset[str]) -> list[str]:
         lambda ids, n: any(not 0 <= i < n for i in ids), "eos_token_ids", "vocab_size"
     ):
         problems.append(
-            f"eos_token_ids={v['eos_token_ids']}: must be in the vocabulary, "
-            f"0 to {v['vocab_size'] - 1}"
+            f"eos_token_ids={validation.shown(v['eos_token_ids'])}: must be in the "
+            f"vocabulary, 0 to {v['vocab_size'] - 1}"
         )
     return problems
 
@@ -171,7 +174,7 @@ class ModelConfig:
     num_layers: Annotated[int, Range(1, 4096)] = 8
     # Grouped-query attention (arXiv:2305.13245); None = num_heads.
     num_kv_heads: Annotated[int, Range(1, 2**16)] = None  # pyright: ignore
-    head_dim: Annotated[int, Range(2, 2**16)] = None  # pyright: ignore
+    head_dim: Annotated[int, HeadDim] = None  # pyright: ignore
     # Width of the gated MLP; None = 8/3 dim_model, rounded up to 128.
     dim_ff: Annotated[int, Range(1, 2**24)] = None  # pyright: ignore
     rope_theta: Annotated[float, Range(1.0, 1e12)] = 10000.0
@@ -194,7 +197,7 @@ class ModelConfig:
         """G, the query heads that share one key/value head."""
         return self.num_heads // self.num_kv_heads
 
-    def replace(self, **changes: Any) -> "ModelConfig":
+    def replace(self, /, **changes: Any) -> "ModelConfig":
         """A new config with `changes`, validated again; derived fields follow."""
         changes, problems = validation.canonical_names(
             changes, LEGACY_NAMES, stacklevel=3
@@ -230,7 +233,9 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, values: Mapping[Any, Any]) -> "ModelConfig":
         """The config of a mapping; raises ConfigError for anything that is not one."""
-        strange = [repr(key) for key in values if not isinstance(key, str)]
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"a config is a mapping, not {validation.shown(values)}")
+        strange = [validation.shown(key) for key in values if not isinstance(key, str)]
         if strange:
             raise ConfigError(f"field names must be strings, not {', '.join(strange)}")
         return cls(**values)

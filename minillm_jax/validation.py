@@ -80,7 +80,7 @@ def checked_fields(
         generated = cls.__init__
 
         @functools.wraps(generated)
-        def __init__(self, **given: Any) -> None:  # noqa: N807
+        def __init__(self, /, **given: Any) -> None:  # noqa: N807
             given, problems = canonical_names(given, legacy, stacklevel=3)
             problems += _unknown_names(cls, given, legacy)
             values, wrong = _converted(cls, given)
@@ -92,7 +92,7 @@ def checked_fields(
             generated(self, **values)
             object.__setattr__(self, "derived", derived)
 
-        cls.__init__ = __init__
+        cls.__init__ = __init__  # pyright: ignore[reportAttributeAccessIssue]
         return cls
 
     return decorate
@@ -111,14 +111,26 @@ def canonical_names(
         target = legacy.get(name, name)
         if target != name:
             used.append(f"{name} -> {target}")
-        if target in fields and _shown(fields[target]) != _shown(value):
-            both = f"{_shown(fields[target])} and {_shown(value)}"
+        if target in fields and _text(fields[target]) != _text(value):
+            both = f"{shown(fields[target])} and {shown(value)}"
             problems.append(f"{target}: given under two names, as {both}; keep one")
         fields[target] = value
     if used:
         message = f"legacy config names: {', '.join(used)}"
         warnings.warn(message, DeprecationWarning, stacklevel=stacklevel)
     return fields, problems
+
+
+def whole_number(name: str, value: Any, bounds: Range) -> int:
+    """An argument as an int; raises ConfigError with its name, value and rule."""
+    try:
+        number = _to_int(value)
+        problem = bounds.problem(number)
+        if problem is None:
+            return number
+    except ValueError as error:
+        problem = str(error)
+    raise ConfigError(f"{name}={shown(value)}: {problem}")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -150,7 +162,7 @@ def _converted(cls: Any, given: dict[str, Any]) -> tuple[dict[str, Any], list[st
             try:
                 values[field.name] = _convert(hints[field.name], value)
             except ValueError as error:
-                problems.append(f"{field.name}={_shown(value)}: {error}")
+                problems.append(f"{field.name}={shown(value)}: {error}")
     return values, problems
 
 
@@ -172,12 +184,19 @@ def _convert(hint: Any, value: Any) -> Any:
     return value
 
 
-def _shown(value: Any) -> str:
-    try:
-        text = repr(value)
-    except ValueError:  # Python refuses to print whole numbers of over 4300 digits
-        text = f"a number of about {value.bit_length()} bits"
+def shown(value: Any) -> str:
+    """`value` as a message shows it: 40 characters at most, whatever it is."""
+    text = _text(value)
     return text if len(text) <= 40 else text[:37] + "..."
+
+
+def _text(value: Any) -> str:
+    try:
+        return repr(value)
+    except ValueError:  # Python refuses to print whole numbers of over 4300 digits
+        if isinstance(value, int):
+            return f"a number of about {value.bit_length()} bits"
+        return f"a {type(value).__name__} with a number too long to print"
 
 
 def _to_int(value: Any) -> int:
@@ -192,10 +211,11 @@ def _to_int(value: Any) -> int:
 
 
 def _to_float(value: Any) -> float:
-    if isinstance(value, (int, float, np.number)) and not isinstance(value, bool):
+    numbers = (int, float, np.integer, np.floating)
+    if isinstance(value, numbers) and not isinstance(value, bool):
         try:
             return float(value)
-        except (OverflowError, TypeError):
+        except OverflowError:
             pass
     raise ValueError("must be a number")
 
@@ -208,7 +228,7 @@ def _to_bool(value: Any) -> bool:
 
 def _to_name(value: Any) -> str:
     """A string; a NumPy dtype or JAX scalar type gives its name."""
-    if isinstance(value, (type, np.dtype)) or hasattr(value, "dtype"):
+    if isinstance(value, (type, np.dtype)):
         try:
             return np.dtype(value).name
         except TypeError:
@@ -219,7 +239,9 @@ def _to_name(value: Any) -> str:
 
 
 def _to_ints(value: Any) -> tuple[int, ...]:
-    items = value if isinstance(value, (list, tuple, np.ndarray)) else (value,)
+    if isinstance(value, np.ndarray):
+        value = value.tolist()  # of no axis: one number
+    items = value if isinstance(value, (list, tuple)) else (value,)
     return tuple(_to_int(item) for item in items)
 
 

@@ -156,8 +156,6 @@ class Attention(nn.Module):
 
     def _attend_cached(self, q, k, v, span: Span, policy: kv.CachePolicy):
         """Writes k and v to the leaves, then attends to all that these hold."""
-        if not self.is_mutable_collection("cache"):
-            raise ValueError("a cache is updated: call apply with mutable=['cache']")
         leaves = [self.get_variable("cache", name) for name in ("k", "v")]
         rule = kv.slot_rule(self.config, leaves[0].shape[-2], policy)
         call = (q, k, v, span.places, span.counts)

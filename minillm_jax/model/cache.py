@@ -128,6 +128,8 @@ def cache_shapes(
     config = config.resolve(jax.default_backend())
     capacity = config.max_kv_cache_len if capacity is None else capacity
     slots = num_slots(config, _checked_capacity(config, capacity, policy), policy)
+    bounds = validation.Range(1, MAX_POSITIONS)
+    batch_size = validation.whole_number("batch_size", batch_size, bounds)
     rows = (batch_size,) if batch_size > 1 else ()
     shape = (*rows, config.num_kv_heads, slots, config.head_dim)
     leaf = jax.ShapeDtypeStruct(shape, jnp.dtype(config.cache_dtype))
@@ -139,11 +141,8 @@ def cache_shapes(
 
 
 def _checked_capacity(config: ModelConfig, capacity: int, policy: CachePolicy) -> int:
-    if not 1 <= capacity <= config.max_kv_cache_len:
-        raise ConfigError(
-            f"capacity={capacity}: must lie in [1, max_kv_cache_len="
-            f"{config.max_kv_cache_len}]"
-        )
+    bounds = validation.Range(1, config.max_kv_cache_len)
+    capacity = validation.whole_number("capacity", capacity, bounds)
     if policy.num_sinks >= capacity:
         raise ConfigError(
             f"num_sinks={policy.num_sinks}: must be below the capacity of {capacity} "
@@ -170,8 +169,6 @@ def init_cache(
     Raises:
       ConfigError: for a capacity or batch size that the config does not allow.
     """
-    if batch_size < 1:
-        raise ConfigError(f"batch_size={batch_size}: must be at least 1")
     shapes = cache_shapes(config, batch_size, capacity, policy=policy)
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
@@ -247,15 +244,16 @@ def slot_positions(
 def insert(cache: Cache, row: int | Int[Array, ""], source: Cache) -> dict[str, Any]:
     """`cache` with row `row` replaced by the only row of `source`.
 
-    `source` may have fewer slots, as long as its ring has not wrapped. Jittable.
+    `source` may have fewer slots, as long as its ring has not wrapped. A row that
+    `cache` does not have changes nothing. Jittable.
     """
 
     def put(leaf, new):
         if leaf.ndim == 1:
-            return leaf.at[row].set(new[0])
+            return leaf.at[row].set(new[0], mode="drop")
         if leaf.ndim == new.ndim:  # a batch of one
             return jax.lax.dynamic_update_slice(leaf, new, (0, 0, 0))
-        return jax.lax.dynamic_update_slice(leaf, new[None], (row, 0, 0, 0))
+        return leaf.at[row, :, : new.shape[-2]].set(new, mode="drop")
 
     return jax.tree.map(put, dict(cache), dict(source))
 

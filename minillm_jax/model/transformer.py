@@ -76,7 +76,7 @@ class MiniLLM(nn.Module):
 
         Raises:
           ValueError: if T is 0, above `max_seq_len` without a cache, more than a ring
-            takes in one call, or if `segment_ids` comes with a cache.
+            takes in one call; if a cache is not mutable, or comes with `segment_ids`.
         """
         x, counts = self.hidden(
             tokens, lengths=lengths, segment_ids=segment_ids, policy=policy
@@ -139,6 +139,8 @@ class MiniLLM(nn.Module):
                     "without a cache; shorten them, or raise it in the config"
                 )
             return
+        if not self.is_mutable_collection("cache"):
+            raise ValueError("a cache is updated: call apply with mutable=['cache']")
         if segment_ids is not None:
             raise ValueError("segment_ids: only without a cache")
         rings = policy.overflow == "ring" or config.sliding_window is not None

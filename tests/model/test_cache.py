@@ -1,0 +1,727 @@
+"""The KV cache against a plain model: for each row, slot -> (position, value).
+
+The model knows the documented rule of a slot and nothing of how slots are written. A
+token's value is a number of its own, so that any slot tells which token it holds.
+"""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import stateful as sf
+from hypothesis import strategies as st
+
+import minillm_jax as mj
+from minillm_jax.config import MAX_POSITIONS
+from minillm_jax.model import cache as kv
+
+K, H = 2, 2  # key/value heads and head dim of every leaf here
+PLAIN = kv.SlotRule()
+RING = kv.SlotRule(wraps=True, window=3)
+SINKS = kv.SlotRule(wraps=True, window=4, sinks=2)
+STOP_POLICY = mj.CachePolicy(overflow="stop")
+RING_POLICY = mj.CachePolicy(overflow="ring")
+SINKS_POLICY = mj.CachePolicy(overflow="ring", num_sinks=2)
+
+
+def model_slot(position, slots, rule):
+    """The documented rule; None = not stored."""
+    if not rule.wraps:
+        return position if position < slots else None
+    if position < rule.sinks:
+        return position
+    return rule.sinks + (position - rule.sinks) % (slots - rule.sinks)
+
+
+def token_values(ids):
+    """Numbers of tokens as content [..., K, len(ids), H], exact in float32."""
+    ids = np.asarray(ids, np.float32)[..., None, :, None]
+    per_head = np.arange(K * H, dtype=np.float32).reshape(K, 1, H)
+    return ids * (K * H) + per_head
+
+
+write = jax.jit(kv.write, static_argnames="rule")
+slot_positions = jax.jit(kv.slot_positions, static_argnames=("slots", "rule"))
+insert, evict = jax.jit(kv.insert), jax.jit(kv.evict)
+
+
+# write
+
+
+LAYOUTS = (
+    *((1, PLAIN), (5, PLAIN)),
+    *((3, RING), (6, RING)),
+    *((3, SINKS), (7, SINKS)),
+)
+
+
+@st.composite
+def write_cases(draw):
+    """slots, rule, new tokens per row, positions [B], counts [B]; B = 1 to 3."""
+    slots, rule = draw(st.sampled_from(LAYOUTS))
+    ring = slots - rule.sinks
+    longest = ring if rule.wraps else 9
+    length = draw(st.sampled_from([n for n in (4, 2, 9, 1) if n <= longest]))
+    back, laps = st.integers(0, length), st.integers(0, 2)
+    at_the_end = st.builds(lambda b, n: max(0, slots - b + n * ring), back, laps)
+    near, far = st.integers(0, 3 * slots), st.integers(0, MAX_POSITIONS - length)
+    position = st.one_of(at_the_end, near, at_the_end, far)
+    count = st.just(length) | st.integers(0, length)
+    rows = draw(
+        st.one_of([st.tuples(*[st.tuples(position, count)] * n) for n in (1, 2, 3)])
+    )
+    positions, counts = zip(*rows, strict=True)
+    return slots, rule, length, positions, counts
+
+
+def check_write(case):
+    slots, rule, length, positions, counts = case
+    rows = len(positions)
+    leaf = -1.0 - np.arange(rows * K * slots * H, dtype=np.float32)
+    leaf = leaf.reshape(rows, K, slots, H)
+    new = token_values(np.arange(rows * length).reshape(rows, length))
+    expected = leaf.copy()
+    for row, (position, count) in enumerate(zip(positions, counts, strict=True)):
+        for i in range(count):
+            slot = model_slot(position + i, slots, rule)
+            if slot is not None:
+                expected[row, :, slot] = new[row, :, i]
+    given = (leaf, new, np.int32(positions), np.int32(counts))
+    if rows == 1:  # one row has no batch axis
+        given, expected = [x[0] for x in given], expected[0]
+    written = write(*map(jnp.asarray, given), rule=rule)
+    np.testing.assert_array_equal(written, expected)
+
+
+@settings(max_examples=150, deadline=None)
+@given(write_cases())
+def test_write_stores_exactly_counts_tokens_and_touches_no_other_slot(case):
+    check_write(case)
+
+
+@pytest.mark.slow
+@settings(max_examples=2000, deadline=None)
+@given(write_cases())
+def test_write_stores_exactly_counts_tokens_and_touches_no_other_slot_deep(case):
+    check_write(case)
+
+
+@pytest.mark.parametrize("counts", [0, 1, 4])
+@pytest.mark.parametrize("position", range(9))
+@pytest.mark.parametrize("layout", [(6, PLAIN), (6, RING), (6, SINKS)], ids=str)
+def test_write_is_exact_at_every_position_of_one_row(layout, position, counts):
+    check_write((*layout, 4, [position], [counts]))
+
+
+def test_write_of_a_prompt_longer_than_the_cache_keeps_its_first_tokens():
+    leaf = jnp.zeros((K, 5, H))
+    written = write(leaf, token_values(range(1, 10)), jnp.int32(0), jnp.int32(9))
+    np.testing.assert_array_equal(written, token_values([1, 2, 3, 4, 5]))
+
+
+@pytest.mark.parametrize("position", [5, 6, 100, MAX_POSITIONS])
+def test_full_row_beside_an_active_one_does_not_change(position):
+    leaf = jnp.asarray(token_values([range(5), range(10, 15)]))
+    positions, counts = jnp.int32([position, 2]), jnp.int32([1, 1])
+    written = write(leaf, token_values([[77], [88]]), positions, counts)
+    np.testing.assert_array_equal(written[0], leaf[0])
+    np.testing.assert_array_equal(written[1], token_values([10, 11, 88, 13, 14]))
+
+
+def test_dynamic_update_slice_clamps_and_write_does_not():
+    """What `write` is for: StableHLO moves a window that passes the end inside."""
+    held, new = jnp.asarray(token_values([1, 2, 3, 4, 5])), token_values([8, 9])
+    clamped = jax.lax.dynamic_update_slice(held, jnp.asarray(new), (0, 4, 0))
+    np.testing.assert_array_equal(clamped, token_values([1, 2, 3, 8, 9]))  # 4 is lost
+    written = write(held, new, jnp.int32(4), jnp.int32(2))
+    np.testing.assert_array_equal(written, token_values([1, 2, 3, 4, 8]))
+    padded = write(held, new, jnp.int32(4), jnp.int32(1))
+    np.testing.assert_array_equal(padded, token_values([1, 2, 3, 4, 8]))
+    past = write(held, new, jnp.int32(5), jnp.int32(2))
+    np.testing.assert_array_equal(past, held)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_write_stores_in_the_dtype_of_the_leaf(dtype):
+    leaf = jnp.zeros((K, 5, H), dtype)
+    written = write(leaf, token_values([1, 2]) / 3, jnp.int32(1), jnp.int32(2))
+    assert written.dtype == dtype
+    expected = jnp.asarray(token_values([1, 2]) / 3, dtype)
+    np.testing.assert_array_equal(written[:, 1:3], expected)
+
+
+# slot_positions
+
+
+def model_positions(length, slots, rule):
+    """The position each slot holds after `length` tokens, written one by one."""
+    held = np.full(slots, -1)
+    recent = range(max(0, length - 2 * slots), length)
+    for position in (*range(min(length, slots)), *recent):
+        slot = model_slot(position, slots, rule)
+        if slot is not None:
+            held[slot] = position
+    return held
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.sampled_from(LAYOUTS),
+    st.lists(st.integers(0, 30) | st.integers(0, MAX_POSITIONS), min_size=3, max_size=3)
+    | st.integers(0, MAX_POSITIONS),
+)
+def test_slot_positions_are_those_of_tokens_written_one_by_one(layout, lengths):
+    slots, rule = layout
+    held = slot_positions(jnp.int32(lengths), slots, rule)
+    chex.assert_shape(held, (*np.shape(lengths), slots))
+    for row, length in zip(np.atleast_2d(held), np.ravel(lengths), strict=True):
+        np.testing.assert_array_equal(row, model_positions(length, slots, rule))
+
+
+def test_slot_positions_of_the_drawing_in_the_module():
+    rule = kv.SlotRule(wraps=True, window=8, sinks=2)
+    held = slot_positions(jnp.int32([12]), 8, rule)
+    np.testing.assert_array_equal(held[0], [0, 1, 8, 9, 10, 11, 6, 7])
+
+
+# Sequences of operations
+
+
+def config_of(window=None):
+    return mj.ModelConfig(
+        max_seq_len=8,
+        max_kv_cache_len=12,
+        dim_model=K * H,
+        num_heads=K,
+        num_layers=1,
+        dim_ff=4,
+        vocab_size=5,
+        prefill_chunk=3,
+        sliding_window=window,
+        dtype="float32",
+    )
+
+
+KINDS = {
+    "plain": (config_of(), STOP_POLICY),
+    "ring": (config_of(), RING_POLICY),
+    "sinks": (config_of(), SINKS_POLICY),
+    "window": (config_of(window=4), STOP_POLICY),
+    "window_ring": (config_of(window=4), RING_POLICY),
+}
+CAPACITIES = (4, 7, 12)
+
+
+def leaves(cache):
+    return cache["layers_0"]["attention"]
+
+
+class Row:
+    """A row of the model: how many tokens it has seen, and what its slots hold."""
+
+    def __init__(self):
+        self.length, self.held = 0, {}  # slot -> (position, token)
+
+    def append(self, tokens, slots, rule):
+        for token in tokens:
+            slot = model_slot(self.length, slots, rule)
+            if slot is not None:
+                self.held[slot] = (self.length, token)
+            self.length += 1
+
+    def copy(self):
+        twin = Row()
+        twin.length, twin.held = self.length, dict(self.held)
+        return twin
+
+
+class CacheMachine(sf.RuleBasedStateMachine):
+    """Random appends, insertions, evictions and growths of a cache and of its model."""
+
+    @sf.initialize(
+        kind=st.sampled_from(sorted(KINDS)),
+        batch_size=st.sampled_from([1, 2]),
+        capacity=st.sampled_from(CAPACITIES),
+    )
+    def start(self, kind, batch_size, capacity):
+        self.config, self.policy = KINDS[kind]
+        self.rows = [Row() for _ in range(batch_size)]
+        self.tokens = iter(range(1, 10**6))
+        self.cache = self.empty(batch_size, capacity)
+
+    def empty(self, batch_size, capacity):
+        return mj.init_cache(self.config, batch_size, capacity, policy=self.policy)
+
+    def slots_and_rule(self, cache):
+        slots = leaves(cache)["k"].shape[-2]
+        return slots, kv.slot_rule(self.config, slots, self.policy)
+
+    def appended(self, cache, rows, width, counts):
+        """The cache after `counts` new tokens for each row, in a call of `width`."""
+        slots, rule = self.slots_and_rule(cache)
+        room = kv.token_capacity(self.config, cache, self.policy)
+        first = np.asarray(cache["lengths"])
+        fits = np.minimum(counts, room - first)
+        ids = np.zeros((len(rows), width))
+        for row, count, out in zip(rows, fits, ids, strict=True):
+            out[:] = [next(self.tokens) for _ in range(width)]
+            row.append(out[:count], slots, rule)
+        # As the module does; but without a ring `write` drops what does not fit itself.
+        counts = np.int32(fits if rule.wraps else counts)
+        new = token_values(ids)
+        given = (new, first, counts)
+        if len(rows) == 1:
+            given = [x[0] for x in given]
+        new, *where = map(jnp.asarray, given)
+        k = write(leaves(cache)["k"], new, *where, rule=rule)
+        v = write(leaves(cache)["v"], -new, *where, rule=rule)
+        lengths = jnp.int32(first + fits)
+        return {"layers_0": {"attention": {"k": k, "v": v}}, "lengths": lengths}
+
+    @sf.rule(width=st.sampled_from([1, 3]), data=st.data())
+    def append(self, width, data):
+        counts = [data.draw(st.integers(0, width)) for _ in self.rows]
+        self.cache = self.appended(self.cache, self.rows, width, counts)
+
+    @sf.rule()
+    def append_full_chunk(self):
+        counts = [3] * len(self.rows)
+        self.cache = self.appended(self.cache, self.rows, 3, counts)
+
+    @sf.rule(row=st.integers(0, 1), fewer=st.booleans(), tokens=st.integers(0, 15))
+    def insert(self, row, fewer, tokens):
+        row %= len(self.rows)
+        slots, _ = self.slots_and_rule(self.cache)
+        sources = [self.empty(1, capacity) for capacity in CAPACITIES]
+        sizes = [self.slots_and_rule(source)[0] for source in sources]
+        allowed = [n for n, size in enumerate(sizes) if size <= slots]
+        number = allowed[0] if fewer else allowed[-1]
+        source, size = sources[number], sizes[number]
+        if size < slots:  # before the source's ring has wrapped
+            tokens = min(tokens, size)
+        single = [Row()]
+        while single[0].length < tokens:
+            count = min(3, tokens - single[0].length)
+            before = single[0].length
+            source = self.appended(source, single, 3, [count])
+            if single[0].length == before:  # a full sliding-window cache
+                break
+        others = self.other_rows(row)
+        self.cache = insert(self.cache, row, source)
+        self.rows[row] = single[0].copy()
+        chex.assert_trees_all_equal(self.other_rows(row), others)
+
+    @sf.rule(row=st.integers(0, 1))
+    def evict(self, row):
+        row %= len(self.rows)
+        others = self.other_rows(row)
+        self.cache = evict(self.cache, row)
+        self.rows[row] = Row()
+        chex.assert_trees_all_equal(self.other_rows(row), others)
+        for leaf in leaves(self.cache).values():
+            assert not np.any(leaf[row] if leaf.ndim == 4 else leaf)
+
+    @sf.rule(capacity=st.sampled_from(CAPACITIES))
+    def grow(self, capacity):
+        slots, _ = self.slots_and_rule(self.cache)
+        wanted = kv.num_slots(self.config, capacity, self.policy)
+        longest = max(row.length for row in self.rows)
+        ring = self.policy.overflow == "ring"
+        grow = functools.partial(
+            mj.grow_cache, self.cache, capacity, config=self.config, policy=self.policy
+        )
+        refused = slots < min(wanted, longest) if ring else longest > capacity
+        if refused:
+            with pytest.raises(mj.CacheOverflowError):
+                grow()
+            return
+        old = jax.tree.map(np.asarray, leaves(self.cache))
+        old_leaves = leaves(self.cache).values()
+        self.cache = grow()
+        grown = slots < wanted
+        assert [leaf.is_deleted() for leaf in old_leaves] == [grown] * 2
+        assert self.slots_and_rule(self.cache)[0] == max(slots, wanted)
+        for name, leaf in leaves(self.cache).items():
+            np.testing.assert_array_equal(leaf[..., :slots, :], old[name])
+            assert not np.any(leaf[..., slots:, :])
+
+    def other_rows(self, row):
+        if len(self.rows) == 1:
+            return ()
+        return jax.tree.map(lambda leaf: np.asarray(leaf)[1 - row], self.cache)
+
+    @sf.invariant()
+    def slots_hold_what_the_model_says(self):
+        if not hasattr(self, "cache"):
+            return
+        slots, rule = self.slots_and_rule(self.cache)
+        lengths = [row.length for row in self.rows]
+        np.testing.assert_array_equal(self.cache["lengths"], lengths)
+        held = np.asarray(slot_positions(self.cache["lengths"], slots, rule))
+        contents = jax.tree.map(np.asarray, leaves(self.cache))
+        if len(self.rows) == 1:
+            contents = jax.tree.map(lambda leaf: leaf[None], contents)
+        for number, row in enumerate(self.rows):
+            positions = {slot: position for slot, (position, _) in row.held.items()}
+            found = {slot: p for slot, p in enumerate(held[number]) if p >= 0}
+            assert found == positions
+            order = sorted(row.held)
+            expected = token_values([row.held[slot][1] for slot in order])
+            for leaf, sign in ((contents["k"], 1), (contents["v"], -1)):
+                np.testing.assert_array_equal(leaf[number][:, order], sign * expected)
+
+
+def run_machine(max_examples):
+    sf.run_state_machine_as_test(
+        CacheMachine,
+        settings=settings(
+            max_examples=max_examples, stateful_step_count=15, deadline=None
+        ),
+    )
+
+
+def test_append_insert_evict_and_grow_agree_with_a_list_of_positions():
+    run_machine(60)
+
+
+@pytest.mark.slow
+def test_append_insert_evict_and_grow_agree_with_a_list_of_positions_deep():
+    run_machine(2000)
+
+
+# init_cache, sizes
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+@pytest.mark.parametrize("cache_dtype", ["auto", "bfloat16"])
+def test_empty_cache_has_the_documented_names_shapes_and_dtypes(
+    tiny_config, batch_size, cache_dtype
+):
+    config = tiny_config.replace(cache_dtype=cache_dtype, dtype="float32")
+    cache = mj.init_cache(config, batch_size)
+    assert set(cache) == {"lengths", "layers_0", "layers_1"}
+    chex.assert_shape(cache["lengths"], (batch_size,))
+    assert cache["lengths"].dtype == jnp.int32
+    for layer in ("layers_0", "layers_1"):
+        assert set(cache[layer]) == {"attention"}
+        assert set(cache[layer]["attention"]) == {"k", "v"}
+        for leaf in cache[layer]["attention"].values():
+            rows = () if batch_size == 1 else (batch_size,)
+            chex.assert_shape(leaf, (*rows, 2, 96, 8))
+            assert leaf.dtype == (cache_dtype if cache_dtype != "auto" else "float32")
+    for leaf in jax.tree.leaves(cache):
+        assert not np.any(leaf)
+
+
+def test_leaves_of_an_empty_cache_are_buffers_of_their_own(tiny_config):
+    """Donation and growth free them one by one."""
+    leaves = jax.tree.leaves(mj.init_cache(tiny_config, 2, 4))
+    assert len({leaf.unsafe_buffer_pointer() for leaf in leaves}) == len(leaves)
+
+
+@pytest.mark.parametrize("policy", [STOP_POLICY, RING_POLICY], ids=["stop", "ring"])
+def test_cache_shapes_are_those_of_the_cache_and_allocate_nothing(tiny_config, policy):
+    shapes = kv.cache_shapes(tiny_config, 3, 20, policy=policy)
+    chex.assert_trees_all_equal_shapes_and_dtypes(
+        shapes, mj.init_cache(tiny_config, 3, 20, policy=policy)
+    )
+    huge = mj.Configs.xlarge().replace(max_kv_cache_len=MAX_POSITIONS)
+    leaf = kv.cache_shapes(huge, 64)["layers_31"]["attention"]["v"]
+    assert leaf.shape == (64, 64, MAX_POSITIONS, 64)
+
+
+@pytest.mark.parametrize(
+    ("overflow", "capacity", "window", "slots"),
+    [
+        ("error", None, None, 96),
+        ("stop", 20, None, 20),
+        ("ring", None, None, 96 + 15),  # capacity + prefill_chunk - 1
+        ("ring", 20, None, 20 + 15),
+        ("ring", 1, None, 16),
+        ("error", None, 8, 8 + 15),  # window + prefill_chunk - 1
+        ("error", 20, 8, 20),  # never full: no need of a ring
+        ("error", 24, 8, 23),
+        ("ring", None, 8, 23),
+        ("ring", 4, 8, 4 + 15),
+        ("error", None, 96, 96),
+    ],
+)
+def test_slots_are_what_the_policy_and_the_window_need(
+    tiny_config, overflow, capacity, window, slots
+):
+    config = tiny_config.replace(sliding_window=window)
+    policy = mj.CachePolicy(overflow=overflow)
+    cache = mj.init_cache(config, 1, capacity, policy=policy)
+    assert cache["layers_1"]["attention"]["k"].shape == (2, slots, 8)
+
+
+@pytest.mark.parametrize(
+    ("overflow", "capacity", "window", "tokens"),
+    [
+        ("error", None, None, 96),
+        ("stop", 20, None, 20),
+        ("ring", 20, None, MAX_POSITIONS),
+        ("error", 20, 8, 20),
+        ("error", 24, 8, 96),  # a full ring has no end but the config's
+        ("stop", None, 8, 96),
+        ("ring", None, 8, MAX_POSITIONS),
+    ],
+)
+def test_token_capacity_is_where_a_row_is_full(
+    tiny_config, overflow, capacity, window, tokens
+):
+    config = tiny_config.replace(sliding_window=window)
+    policy = mj.CachePolicy(overflow=overflow)
+    cache = kv.cache_shapes(config, 2, capacity, policy=policy)
+    assert kv.token_capacity(config, cache, policy) == tokens
+
+
+@pytest.mark.parametrize(
+    ("policy", "capacity", "window", "rule"),
+    [
+        (STOP_POLICY, 20, None, kv.SlotRule()),
+        (RING_POLICY, 20, None, kv.SlotRule(wraps=True, window=20)),
+        (SINKS_POLICY, 20, None, kv.SlotRule(wraps=True, window=20, sinks=2)),
+        (STOP_POLICY, None, 8, kv.SlotRule(wraps=True, window=8)),
+        (STOP_POLICY, 24, 8, kv.SlotRule(wraps=True, window=8)),
+        (STOP_POLICY, 20, 8, kv.SlotRule(wraps=False, window=8)),  # too few for a ring
+        (SINKS_POLICY, None, 8, kv.SlotRule(wraps=True, window=8)),
+        (SINKS_POLICY, 4, 8, kv.SlotRule(wraps=True, window=4, sinks=2)),
+    ],
+)
+def test_slot_rule_follows_from_config_leaf_and_policy(
+    tiny_config, policy, capacity, window, rule
+):
+    config = tiny_config.replace(sliding_window=window)
+    cache = kv.cache_shapes(config, 1, capacity, policy=policy)
+    slots = cache["layers_0"]["attention"]["k"].shape[-2]
+    assert kv.slot_rule(config, slots, policy) == rule
+
+
+def test_chunk_longer_than_a_small_cache_with_a_window_is_written(tiny_config):
+    """It has fewer slots than its ring would: it cannot wrap, and takes any chunk."""
+    rule = kv.slot_rule(tiny_config.replace(sliding_window=8), 4, STOP_POLICY)
+    check_write((4, rule, tiny_config.prefill_chunk, [0], [3]))
+    check_write((4, rule, tiny_config.prefill_chunk, [2, 0], [2, 4]))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "capacity"),
+    [(1, 1), (2, 2), (3, 4), (32, 32), (33, 64), (64, 64), (65, 96), (96, 96)],
+)
+def test_capacity_bucket_is_a_power_of_two_or_all_there_is(
+    tiny_config, tokens, capacity
+):
+    assert kv.capacity_bucket(tiny_config, tokens) == capacity
+
+
+# insert, evict: what the machine does not try
+
+
+def filled(cache, first=1):
+    """Every slot full, of distinct numbers."""
+    numbers = iter(range(first, 100))
+    return jax.tree.map(
+        lambda leaf: (
+            jnp.arange(leaf.size, dtype=leaf.dtype).reshape(leaf.shape)
+            + next(numbers) * 1000
+        ),
+        cache,
+    )
+
+
+@pytest.mark.parametrize("traced", [True, False])
+@pytest.mark.parametrize("slots", [8, 5])
+@pytest.mark.parametrize("row", [0, 1, 2])
+def test_insert_replaces_one_row_and_leaves_the_others(row, slots, traced):
+    config = config_of()
+    cache = filled(mj.init_cache(config, 3, 8))
+    source = filled(mj.init_cache(config, 1, slots), first=50)
+    after = (insert if traced else kv.insert)(cache, row, source)
+    for name, leaf in leaves(after).items():
+        expected = np.array(leaves(cache)[name])
+        expected[row, :, :slots] = leaves(source)[name]
+        np.testing.assert_array_equal(leaf, expected)
+    lengths = np.array(cache["lengths"])
+    lengths[row] = source["lengths"][0]
+    np.testing.assert_array_equal(after["lengths"], lengths)
+
+
+def test_insert_into_a_batch_of_one_replaces_it():
+    config = config_of()
+    source = filled(mj.init_cache(config, 1, 8), first=50)
+    after = insert(filled(mj.init_cache(config, 1, 8)), 0, source)
+    chex.assert_trees_all_equal(after, source)
+
+
+def test_insert_does_not_take_more_slots_than_there_are():
+    config = config_of()
+    with pytest.raises((TypeError, ValueError)):
+        kv.insert(mj.init_cache(config, 2, 5), 0, mj.init_cache(config, 1, 8))
+
+
+@pytest.mark.parametrize("traced", [True, False])
+@pytest.mark.parametrize(("batch_size", "row"), [(1, 0), (3, 0), (3, 2)])
+def test_evict_zeroes_one_row_even_of_nan_and_leaves_the_others(
+    batch_size, row, traced
+):
+    cache = filled(mj.init_cache(config_of(), batch_size, 5))
+    held = leaves(cache)
+    index = np.s_[0, 0, 0] if batch_size == 1 else np.s_[row, 0, 0, 0]
+    cache["layers_0"] = {"attention": held | {"v": held["v"].at[index].set(jnp.nan)}}
+    after = (evict if traced else kv.evict)(cache, row)
+    for new, old in zip(jax.tree.leaves(after), jax.tree.leaves(cache), strict=True):
+        expected = np.array(old)
+        expected[() if new.ndim == 3 else row] = 0
+        np.testing.assert_array_equal(new, expected)
+
+
+# grow_cache: what the machine does not try
+
+
+def held_cache(config, tokens, *, capacity=None, policy=STOP_POLICY, rows=2):
+    """A cache with room for `capacity` whose rows have seen `tokens`."""
+    cache = filled(mj.init_cache(config, rows, capacity, policy=policy))
+    return cache | {"lengths": jnp.full((rows,), tokens, jnp.int32)}
+
+
+def test_growing_needs_no_config_without_a_ring():
+    cache = held_cache(config_of(), 4, capacity=4)
+    before = jax.tree.map(np.array, cache)
+    grown = mj.grow_cache(cache, 12)
+    np.testing.assert_array_equal(grown["lengths"], before["lengths"])
+    for name, leaf in leaves(grown).items():
+        chex.assert_shape(leaf, (2, K, 12, H))
+        np.testing.assert_array_equal(leaf[:, :, :4], leaves(before)[name])
+        assert not np.any(leaf[:, :, 4:])
+
+
+def test_growing_takes_one_leaf_more_than_the_new_cache(tiny_config, monkeypatch):
+    cache = mj.init_cache(tiny_config, 2, 4)
+    old = [leaf for leaf in jax.tree.leaves(cache) if leaf.ndim > 1]
+    alive, pad = [], jnp.pad
+
+    def counting_pad(*args, **kwargs):
+        alive.append(sum(not leaf.is_deleted() for leaf in old))
+        return pad(*args, **kwargs)
+
+    monkeypatch.setattr(jnp, "pad", counting_pad)
+    mj.grow_cache(cache, 8)
+    assert alive == [4, 3, 2, 1]  # each old leaf is gone before the next one grows
+    assert all(leaf.is_deleted() for leaf in old)
+
+
+def test_growing_to_what_it_has_changes_nothing():
+    cache = held_cache(config_of(), 4, capacity=7)
+    for capacity in (4, 6, 7):
+        same = mj.grow_cache(cache, capacity)
+        chex.assert_trees_all_equal(same, cache)
+        assert leaves(same)["k"].shape[-2] == 7
+
+
+@pytest.mark.parametrize("config", [None, config_of()], ids=["no_config", "config"])
+def test_growing_below_what_is_held_is_an_overflow(config):
+    cache = held_cache(config_of(), 6, capacity=7)
+    with pytest.raises(mj.CacheOverflowError, match=r"capacity=5.*holds 6 tokens"):
+        mj.grow_cache(cache, 5, config=config)
+    assert not leaves(cache)["k"].is_deleted()
+
+
+def test_growing_beyond_the_config_is_a_config_error():
+    with pytest.raises(mj.ConfigError, match="in .1, 12"):
+        mj.grow_cache(held_cache(config_of(), 1, capacity=4), 13, config=config_of())
+
+
+def test_a_ring_grows_by_its_config_before_it_wraps():
+    config = config_of()
+    fresh = held_cache(config, 6, capacity=4, policy=SINKS_POLICY)  # 6 slots
+    with pytest.raises(mj.ConfigError, match="pass config="):
+        mj.grow_cache(fresh, 7, policy=SINKS_POLICY)
+    content = np.array(leaves(fresh)["k"])
+    grown = mj.grow_cache(fresh, 7, config=config, policy=SINKS_POLICY)
+    chex.assert_shape(leaves(grown)["k"], (2, K, 7 + 2, H))
+    np.testing.assert_array_equal(leaves(grown)["k"][:, :, :6], content)
+
+
+def test_a_ring_that_wrapped_does_not_grow():
+    config = config_of()
+    cache = held_cache(config, 7, capacity=4, policy=SINKS_POLICY)
+    with pytest.raises(mj.CacheOverflowError, match="wrapped after 7 tokens"):
+        mj.grow_cache(cache, 7, config=config, policy=SINKS_POLICY)
+    assert not leaves(cache)["k"].is_deleted()
+    same = mj.grow_cache(cache, 4, config=config, policy=SINKS_POLICY)
+    chex.assert_trees_all_equal(same, cache)
+
+
+@pytest.mark.parametrize("with_config", [True, False])
+def test_leaves_of_a_sliding_window_that_wrapped_stay_as_they_are(with_config):
+    config = config_of(window=4)
+    cache = held_cache(config, 10)  # 6 slots, wrapped
+    grown = mj.grow_cache(cache, 12, config=config if with_config else None)
+    chex.assert_trees_all_equal(grown, cache)
+    assert leaves(grown)["k"].shape[-2] == 6
+
+
+def test_a_sliding_window_grows_to_its_ring_and_no_further():
+    config = config_of(window=4)
+    grown = mj.grow_cache(held_cache(config, 4, capacity=4), 12, config=config)
+    chex.assert_shape(leaves(grown)["k"], (2, K, 6, H))
+    assert kv.token_capacity(config, grown, STOP_POLICY) == 12
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"overflow": "rings"}, "must be one of error, stop, ring; did you mean ring?"),
+        ({"overflow": ""}, "must be one of error, stop, ring"),
+        ({"num_sinks": 2}, "num_sinks=2: needs overflow='ring'; write 0"),
+        ({"num_sinks": 2, "overflow": "stop"}, "needs overflow='ring'"),
+        ({"num_sinks": -1, "overflow": "ring"}, "num_sinks=-1: must be a number in"),
+        ({"num_sinks": True, "overflow": "ring"}, "must be a whole number"),
+    ],
+)
+def test_wrong_policy_is_a_config_error(fields, says):
+    with pytest.raises(mj.ConfigError) as caught:
+        mj.CachePolicy(**fields)
+    (problem,) = caught.value.problems
+    assert says in problem
+
+
+def test_policy_is_frozen_hashable_and_has_the_documented_defaults():
+    policy = mj.CachePolicy()
+    assert (policy.overflow, policy.num_sinks) == ("error", 0)
+    assert hash(policy) == hash(mj.CachePolicy(overflow="error"))
+    assert policy != RING_POLICY
+    with pytest.raises(AttributeError):
+        policy.num_sinks = 1
+
+
+@pytest.mark.parametrize(
+    ("given", "policy", "says"),
+    [
+        ({"batch_size": 0}, STOP_POLICY, "batch_size=0: must be a number"),
+        ({"batch_size": -3}, STOP_POLICY, "batch_size=-3"),
+        ({"capacity": 0}, STOP_POLICY, "capacity=0: must be a number in"),
+        ({"capacity": -1}, STOP_POLICY, "capacity=-1: must be a number in"),
+        ({"capacity": 13}, STOP_POLICY, "capacity=13: must be a number in"),
+        ({"capacity": 10**30}, RING_POLICY, "in .1, 12"),
+        ({"capacity": 2}, SINKS_POLICY, "num_sinks=2: must be below the capacity of 2"),
+        ({"capacity": 1}, SINKS_POLICY, "num_sinks=2: must be below the capacity of 1"),
+    ],
+)
+def test_cache_that_the_config_does_not_allow_is_a_config_error(given, policy, says):
+    with pytest.raises(mj.ConfigError, match=says):
+        mj.init_cache(config_of(), **given, policy=policy)
+
+
+@pytest.mark.parametrize("capacity", [3, 12])
+def test_smallest_and_largest_cache_with_sinks_are_allowed(capacity):
+    cache = mj.init_cache(config_of(), 1, capacity, policy=SINKS_POLICY)
+    chex.assert_shape(leaves(cache)["k"], (K, capacity + 2, H))
