@@ -65,7 +65,8 @@ def prefill(
 
     Raises:
       CacheOverflowError: before any work, if a row would not fit.
-      ValueError: for tokens outside the vocabulary, or lengths beyond T.
+      ValueError: for valid tokens outside the vocabulary, lengths beyond T, or shapes
+        that do not go with the cache's rows.
     """
     tokens, lengths, longest = _checked_prompt(
         model.config, cache, tokens, lengths, policy
@@ -139,8 +140,9 @@ class _DecodeStep:
 
         Raises:
           CacheOverflowError: if a row is full.
-          ValueError: for tokens outside the vocabulary.
+          ValueError: for tokens outside the vocabulary, or not one per row.
         """
+        _check_shape("tokens", tokens, cache["lengths"].shape)
         check_tokens(model.config, tokens)
         held = _host(cache["lengths"])
         if held is not None:
@@ -229,15 +231,11 @@ def decode_chunk(
     return DecodeChunk(sampled.T, tokens=last[1], active=last[2], cache=last[0])
 
 
-def check_tokens(config: ModelConfig, tokens: Any) -> np.ndarray | None:
-    """The tokens on the host; None under a trace, where nothing is checked.
-
-    Raises:
-      ValueError: for ids that are not in the vocabulary, or no whole numbers.
-    """
+def check_tokens(config: ModelConfig, tokens: Any) -> None:
+    """Raises ValueError for ids outside the vocabulary; skipped under a trace."""
     host = _host(tokens)
     if host is None or host.size == 0:
-        return host
+        return
     if not np.issubdtype(host.dtype, np.integer):
         raise ValueError(f"tokens: must be whole numbers, not {host.dtype}")
     low, high = int(host.min()), int(host.max())
@@ -246,7 +244,12 @@ def check_tokens(config: ModelConfig, tokens: Any) -> np.ndarray | None:
         raise ValueError(
             f"tokens: {wrong} is outside the vocabulary, 0 to {config.vocab_size - 1}"
         )
-    return host
+
+
+def _check_shape(name: str, array: Any, expected: tuple[int, ...]) -> None:
+    if tuple(array.shape) != expected:
+        shape = tuple(array.shape)
+        raise ValueError(f"{name}: must have shape {expected} here, not {shape}")
 
 
 def _host(x: Any) -> np.ndarray | None:
@@ -259,14 +262,16 @@ def _host(x: Any) -> np.ndarray | None:
 
 def _checked_prompt(config: ModelConfig, cache, tokens, lengths, policy):
     """Tokens and lengths on the host, and the longest length; in a trace as given."""
-    batch, width = tokens.shape
-    lengths = np.full(batch, width, np.int32) if lengths is None else lengths
-    host = check_tokens(config, tokens)
-    wanted, held = _host(lengths), _host(cache["lengths"])
+    rows, width = cache["lengths"].shape, tokens.shape[-1]
+    _check_shape("tokens", tokens, (*rows, width))
+    lengths = np.full(rows, width, np.int32) if lengths is None else lengths
+    _check_shape("lengths", lengths, rows)
+    host, wanted, held = _host(tokens), _host(lengths), _host(cache["lengths"])
     if host is None or wanted is None or held is None:
         return tokens, lengths, width
     if np.any((wanted < 0) | (wanted > width)):
         raise ValueError(f"lengths: {wanted.tolist()} must lie in 0 to {width}")
+    check_tokens(config, host[np.arange(width)[None] < wanted[:, None]])
     _check_room(config, cache, held, wanted, policy)
     return host.astype(np.int32), wanted.astype(np.int32), int(wanted.max())
 

@@ -154,7 +154,9 @@ class MiniLLM(nn.Module):
         batch = start.shape[0]
         positions = start[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
         turned = positions
-        if segment_ids is not None:  # a packed document's own positions start at 0
+        if segment_ids is not None:
+            # A packed document's own positions start at 0: RoPE needs differences only,
+            # but far from 0 they would be rounded differently than alone.
             before = jnp.pad(segment_ids, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
             first = jnp.where(segment_ids != before, positions, 0)
             turned = positions - jax.lax.cummax(first, axis=1)
