@@ -70,7 +70,7 @@ def show_decode(result: dict[str, Any]) -> None:
         f"{_gb(memory['peak_bytes'])}\n"
         f"read bandwidth {result['bandwidth_gb_per_s']:.1f} GB/s\n"
     )
-    grid = table.Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    grid = table.Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for heading in _DECODE_COLUMNS:
         grid.add_column(heading, justify="right", no_wrap=True)
     for row in result["results"]:

@@ -73,7 +73,7 @@ def plan_decode(
         weights_bytes=weights,
         cache_bytes=cache,
         activation_bytes=max(_activations(config, batch_size, *c) for c in calls),
-        conversion_bytes=_conversions(config, platform, weights + cache),
+        conversion_bytes=_conversions(config, platform, batch_size, cache),
         runtime_bytes=RUNTIME_BYTES if platform == "cpu" else 0,
         limit_bytes=limit_bytes,
     )
@@ -94,19 +94,20 @@ def _activations(config: ModelConfig, rows: int, tokens: int, keys: int) -> int:
     return rows * tokens * width * size + scores + 2 * 4 * rows * config.vocab_size
 
 
-def _conversions(config: ModelConfig, platform: str, stored: int) -> int:
+def _conversions(config: ModelConfig, platform: str, rows: int, cache: int) -> int:
     """Copies in another dtype that XLA keeps beside the stored arrays.
 
     Weights stored in another dtype than they are computed in are converted before a
-    token loop, all of them. XLA on CPU has no bfloat16 products for few rows and
-    converts to float32: up to JAX 0.11 all weights and the whole cache, then one
-    matrix at a time.
+    token loop, all of them. XLA on CPU computes few rows in float32 and converts what
+    is not, all at once: weights and cache before JAX 0.12; from then on the weights
+    for one row, and a layer's cache for more.
     """
-    compute = costs.itemsize(config.dtype)
+    weights32 = 4 * costs.parameters(config)
+    cache32 = cache * 4 // costs.itemsize(config.cache_dtype)
     if platform == "cpu" and config.dtype != "float32":
         if jax.__version_info__ < (0, 12):
-            return stored * 4 // costs.itemsize(config.param_dtype)
-        return 4 * config.dim_model * max(2 * config.dim_ff, config.vocab_size)
+            return weights32 + cache32
+        return weights32 if rows == 1 else cache32 // config.num_layers
     if config.param_dtype != config.dtype:
-        return costs.parameters(config) * compute
+        return costs.parameters(config) * costs.itemsize(config.dtype)
     return 0
