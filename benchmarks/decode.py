@@ -25,6 +25,7 @@ def benchmark(config: Any) -> dict[str, Any]:
     """
     model = transformer.create_model(config_files.model_config(config))
     settings = config_files.decode_settings(config)
+    report.check_writable(settings.json_path)
     shapes = decode_runs.shapes(model.config, settings)
     fit.check(model.config, settings)
 

@@ -46,14 +46,17 @@ def shapes(config: ModelConfig, settings: DecodeSettings) -> list[Shape]:
     """The measurements that the settings ask for; raises ConfigError with numbers."""
     found = []
     for context in settings.measured_contexts():
-        capacity = settings.capacity
-        if capacity is None:
-            capacity = kv.capacity_bucket(config, context)
+        capacity = settings.capacity or kv.capacity_bucket(config, context)
+        if context > config.max_kv_cache_len:
+            raise ConfigError(
+                f"config.decode: a context of {context} tokens is longer than "
+                f"max_kv_cache_len={config.max_kv_cache_len}; raise that, or shorten it"
+            )
         if not context <= capacity <= config.max_kv_cache_len:
             raise ConfigError(
-                f"config.decode: a context of {context} tokens needs a capacity of at "
-                f"least that and at most max_kv_cache_len={config.max_kv_cache_len}, "
-                f"not {capacity}; write contexts=({min(capacity, context) // 2},)"
+                f"config.decode.capacity={capacity}: must hold a context of {context} "
+                f"tokens, within max_kv_cache_len={config.max_kv_cache_len}; write "
+                f"{kv.capacity_bucket(config, context)}, or leave it unset"
             )
         prompt = context - settings.new_tokens
         found.append(Shape(settings.batch_size, prompt, settings.new_tokens, capacity))
@@ -75,6 +78,7 @@ def run(
     model, rows, vocab = MiniLLM(config), shape.batch_size, config.vocab_size
     prompt = prompts.source_tokens(rows, shape.prompt_tokens, vocab)
     cache = kv.init_cache(config, rows, shape.capacity)
+    slots = kv.num_slots(config, shape.capacity, kv.CachePolicy())
 
     progress("prefill")
     with measure.compile_seconds() as compiling:
@@ -102,17 +106,13 @@ def run(
         "prompt_tokens": shape.prompt_tokens,
         "new_tokens": shape.new_tokens,
         "capacity": shape.capacity,
-        "cache_bytes_allocated": costs.cache_bytes(
-            config, rows, slots_of(config, shape)
-        ),
-        "cache_bytes_used": costs.cache_bytes(
-            config, rows, min(shape.context, slots_of(config, shape))
-        ),
+        "cache_bytes_allocated": costs.cache_bytes(config, rows, slots),
+        "cache_bytes_used": costs.cache_bytes(config, rows, min(shape.context, slots)),
         "compile_seconds": compiled,
         "ttft_seconds": ttft,
         "prefill_tokens_per_second": rows * shape.prompt_tokens / ttft,
         "decode_tokens_per_second": speed,
-        "ms_per_token": 1e3 * statistics.median(steps),
+        "ms_per_token": 1e3 * rows / speed["median"],
         "bytes_per_step": bytes_per_step,
         "gb_per_s": statistics.median(achieved) / 1e9,
         "bandwidth_gb_per_s": statistics.median(bounds) / 1e9,
@@ -120,11 +120,6 @@ def run(
         "no_cache_tokens_per_second": no_cache,
         "speedup": speed["median"] / no_cache if no_cache else None,
     }
-
-
-def slots_of(config: ModelConfig, shape: Shape) -> int:
-    """Slots of a cache leaf."""
-    return kv.num_slots(config, shape.capacity, kv.CachePolicy())
 
 
 def _prefill(model, params, cache, prompt, repeats: int):

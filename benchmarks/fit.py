@@ -75,8 +75,9 @@ def alternatives(
     except ConfigError:
         return
     yield flags, config, short
-    half = config.replace(dtype="bfloat16", param_dtype="auto", cache_dtype="auto")
-    yield f"{flags} --config.model.dtype=bfloat16", half, short
+    dtypes = dict.fromkeys(("dtype", "param_dtype", "cache_dtype"), "bfloat16")
+    half = " ".join(f"--config.model.{name}={value}" for name, value in dtypes.items())
+    yield f"{flags} {half}", config.replace(**dtypes), short
     for layers in range(config.num_layers - 1, 0, -1):
         smaller = config.replace(num_layers=layers)
         yield f"{flags} --config.model.num_layers={layers}", smaller, short

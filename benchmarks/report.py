@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import os
 import pathlib
 import sys
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 import jax
 from rich import console, progress, table
 
+from minillm_jax.cli.app import UserError
 from minillm_jax.planning import devices
 
 
@@ -45,15 +47,13 @@ def stages(description: str, total: int) -> progress.Progress:
 _DECODE_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "context": lambda row: str(row["context"]),
     "TTFT\ns": lambda row: f"{row['ttft_seconds']:.3f}",
-    "prefill\ntok/s": lambda row: f"{row['prefill_tokens_per_second']:.0f}",
-    "decode\ntok/s": lambda row: f"{row['decode_tokens_per_second']['median']:.4g}",
-    "\n(min-max)": lambda row: "({min:.4g}-{max:.4g})".format(
-        **row["decode_tokens_per_second"]
-    ),
+    "prefill\ntok/s": lambda row: _rate(row["prefill_tokens_per_second"]),
+    "decode\ntok/s": lambda row: _rate(row["decode_tokens_per_second"]["median"]),
+    "\n(min-max)": lambda row: _range(row["decode_tokens_per_second"]),
     "\nGB/s": lambda row: f"{row['gb_per_s']:.1f}",
     "\nMBU": lambda row: f"{row['mbu']:.2f}",
-    "no cache\ntok/s": lambda row: _or_dash(row["no_cache_tokens_per_second"], ".3g"),
-    "\nspeed-up": lambda row: _or_dash(row["speedup"], ".1f", "x"),
+    "no cache\ntok/s": lambda row: _or_dash(row["no_cache_tokens_per_second"], _rate),
+    "\nspeed-up": lambda row: _or_dash(row["speedup"], lambda x: f"{x:.1f}x"),
 }
 
 
@@ -83,8 +83,16 @@ def show_decode(result: dict[str, Any]) -> None:
     )
 
 
-def _or_dash(value: float | None, form: str, unit: str = "") -> str:
-    return "-" if value is None else f"{value:{form}}{unit}"
+def _or_dash(value: float | None, shown: Callable[[float], str]) -> str:
+    return "-" if value is None else shown(value)
+
+
+def _rate(value: float) -> str:
+    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def _range(rate: dict[str, float]) -> str:
+    return f"({_rate(rate['min'])}-{_rate(rate['max'])})"
 
 
 def _gb(size: int | None) -> str:
@@ -94,6 +102,15 @@ def _gb(size: int | None) -> str:
 def write_json(result: dict[str, Any], path: str | None) -> None:
     """The object as the last line on stdout, and into a file where one is named."""
     line = json.dumps(result)
+    print(line, flush=True)
     if path is not None:
         pathlib.Path(path).write_text(line + "\n")
-    print(line, flush=True)
+
+
+def check_writable(path: str | None) -> None:
+    """Raises UserError where `write_json` could not write, before any work."""
+    if path is None:
+        return
+    folder = pathlib.Path(path).parent
+    if not os.access(folder, os.W_OK) or pathlib.Path(path).is_dir():
+        raise UserError(f"config.decode.json_path={path}: cannot be written there")

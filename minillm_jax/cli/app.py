@@ -17,12 +17,8 @@ from ml_collections import config_flags
 
 from minillm_jax import validation
 from minillm_jax.cli import config_files, preset_file
-from minillm_jax.config import Configs, ModelConfig
+from minillm_jax.config import LEGACY_NAMES, Configs, ModelConfig
 from minillm_jax.model.cache import CacheOverflowError
-
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "A config file, or a preset: " + ", ".join(Configs.names)
-)
 
 
 class UserError(Exception):
@@ -34,14 +30,16 @@ _USER_ERRORS = (UserError, validation.ConfigError, CacheOverflowError)
 
 def run(main: Callable[[Any], None]) -> None:
     """Parses the command line and calls `main` with the config; exits."""
+    help_text = "A config file, or a preset: " + ", ".join(Configs.names)
+    flag = config_flags.DEFINE_config_file("config", None, help_text)
 
     def checked(argv: Sequence[str]) -> None:
         try:
             if len(argv) > 1:
                 raise UserError(f"stray arguments: {' '.join(argv[1:])}")
-            if CONFIG.value is None:
+            if flag.value is None:
                 raise UserError(_no_config())
-            main(CONFIG.value)
+            main(flag.value)
         except _USER_ERRORS as error:
             _exit(str(error))
         except KeyboardInterrupt:
@@ -61,7 +59,9 @@ def _parse(argv: Sequence[str]) -> list[str]:
         return flags.FLAGS(argv)
     except UserError as error:
         _exit(str(error))
-    except Exception as error:  # a config file is code: anything may come out of it
+    except (Exception, SystemExit) as error:  # a config file is code, and may do both
+        if path is None and isinstance(error, SystemExit):
+            raise  # --help
         _exit(_raised_in(path, error) or _unknown_field(argv, error) or _text(error))
     finally:
         absl.disabled = False
@@ -75,54 +75,59 @@ def _no_config() -> str:
 
 def _resolve_config(argv: list[str]) -> tuple[list[str], str | None]:
     """The arguments with a preset's name replaced by its file, and the file's path."""
-    for index, arg in enumerate(argv):
-        if arg in ("--config", "-config") and index + 1 < len(argv):
+    for index, arg in enumerate(argv[:-1]):
+        if arg in ("--config", "-config"):
             argv[index : index + 2] = [f"--config={argv[index + 1]}"]
             return _resolve_config(argv)
-        if not arg.startswith(("--config=", "-config=")):
-            continue
-        value = arg.split("=", 1)[1]
-        if value in Configs.names:
-            argv[index] = f"--config={preset_file.__file__}:{value}"
-            return argv, preset_file.__file__
-        path = value.split(":", 1)[0]
-        if not os.path.isfile(path):
-            hint = validation.did_you_mean(value, Configs.names)
-            presets = ", ".join(Configs.names)
-            raise UserError(
-                f"--config={value}: no such file, nor a preset ({presets}){hint}"
-            )
-        return argv, path
-    return argv, None
+    given = [i for i, a in enumerate(argv) if a.startswith(("--config=", "-config="))]
+    if not given:
+        return argv, None
+    if len(given) > 1:
+        raise UserError(f"--config is given {len(given)} times; give one")
+    value = argv[given[0]].split("=", 1)[1]
+    if value in Configs.names:
+        argv[given[0]] = f"--config={preset_file.__file__}:{value}"
+        return argv, preset_file.__file__
+    path = value.split(":", 1)[0]
+    if not os.path.isfile(path):
+        hint = validation.did_you_mean(value, Configs.names)
+        presets = ", ".join(Configs.names)
+        raise UserError(
+            f"--config={value}: no such file, nor a preset ({presets}){hint}"
+        )
+    return argv, path
 
 
 def _raised_in(path: str | None, error: BaseException | None) -> str | None:
     """`FILE:LINE: Error: text` of what was raised in the config file, if it was."""
-    while path is not None and error is not None:
+    if path is None:
+        return None
+    while error is not None:
         if isinstance(error, SyntaxError) and error.filename:
             return f"{error.filename}:{error.lineno}: SyntaxError: {error.msg}"
         for frame in reversed(traceback.extract_tb(error.__traceback__)):
             if os.path.abspath(frame.filename) == os.path.abspath(path):
                 kind = type(error).__name__
                 return f"{path}:{frame.lineno}: {kind}: {_text(error)}"
+        if "get_config" in str(error) and error.__context__ is None:
+            return f"{path}: {_text(error)}"  # there is none, or it takes no argument
         error = error.__cause__ or error.__context__
     return None
 
 
-def _unknown_field(argv: Sequence[str], error: Exception) -> str | None:
+def _unknown_field(argv: Sequence[str], error: BaseException) -> str | None:
     """A line for an override whose field no section has."""
     if not isinstance(error, (AttributeError, KeyError)):
         return None
-    known = [
-        field.name
-        for section in (ModelConfig, config_files.DecodeSettings)
-        for field in dataclasses.fields(section)
-    ]
-    for arg in argv:
-        flag = arg.split("=", 1)[0]
-        field = flag.rsplit(".", 1)[-1]
-        if flag.startswith("--config.") and field in str(error):
-            return f"{flag}: no such field{validation.did_you_mean(field, known)}"
+    known = ["model", "decode"]
+    for section in (ModelConfig, config_files.DecodeSettings):
+        known += [field.name for field in dataclasses.fields(section)]
+    for flag in (arg.split("=", 1)[0] for arg in argv if arg.startswith("--config.")):
+        for name in flag.split(".")[1:]:
+            if f"'{name}'" in str(error.args[0]) or f"'{name}" in str(error):
+                new = LEGACY_NAMES.get(name)
+                hint = f"; write {new}" if new else validation.did_you_mean(name, known)
+                return f"{flag}: there is no {name}{hint}"
     return None
 
 

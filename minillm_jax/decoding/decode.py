@@ -121,50 +121,49 @@ def _prefill_chunk(model, params, cache, logits, tokens, lengths, *, policy):
     return jnp.where(counts[:, None] > 0, new, logits), updated["cache"]
 
 
-class _DecodeStep:
-    """`decode_step`: checks its arguments, then calls the jitted step."""
+def decode_step(
+    model: MiniLLM,
+    params: Params,
+    cache: kv.Cache,
+    tokens: Int[HostOrDevice, " B"],
+    *,
+    policy: kv.CachePolicy = kv.CachePolicy(),
+) -> tuple[Float[Array, "B V"], dict[str, Any]]:
+    """Appends one token to every row; `cache` is donated, and dead afterwards.
 
-    def __call__(
-        self,
-        model: MiniLLM,
-        params: Params,
-        cache: kv.Cache,
-        tokens: Int[HostOrDevice, " B"],
-        *,
-        policy: kv.CachePolicy = kv.CachePolicy(),
-    ) -> tuple[Float[Array, "B V"], dict[str, Any]]:
-        """Appends one token to every row; `cache` is donated, and dead afterwards.
+    `decode_step.lower(...)` is `jax.jit`'s, of the step without its checks.
 
-        Returns:
-          The logits of the next token, float32, and the cache.
+    Args:
+      model: from `create_model`.
+      params: the inner tree.
+      cache: from `init_cache` or `prefill`.
+      tokens: one id per row.
+      policy: what the cache was made with.
 
-        Raises:
-          CacheOverflowError: if a row is full.
-          ValueError: for tokens outside the vocabulary, or not one per row.
-        """
-        _check_shape("tokens", tokens, cache["lengths"].shape)
-        check_tokens(model.config, tokens)
-        held = _host(cache["lengths"])
-        if held is not None:
-            ones = np.ones_like(held)
-            _check_room(model.config, cache, held, ones, policy)
-        return _decode_step(model, params, cache, tokens, policy=policy)
+    Returns:
+      The logits of the next token, float32, and the cache.
 
-    def lower(
-        self, model, params, cache, tokens, *, policy=kv.CachePolicy()
-    ) -> jax.stages.Lowered:
-        """`jax.jit`'s `lower`, of the step without its checks."""
-        return _decode_step.lower(model, params, cache, tokens, policy=policy)
+    Raises:
+      CacheOverflowError: if a row is full.
+      ValueError: for tokens outside the vocabulary, or not one per row.
+    """
+    _check_shape("tokens", tokens, cache["lengths"].shape)
+    host = _host(tokens, cache["lengths"])
+    if host is not None:
+        tokens_now, held = host
+        check_tokens(model.config, tokens_now)
+        _check_room(model.config, cache, held, np.ones_like(held), policy)
+    return _decode_step(model, params, cache, tokens, policy=policy)
 
 
 @functools.partial(
     jax.jit, static_argnames=("model", "policy"), donate_argnames=("cache",)
 )
-def _decode_step(model, params, cache, tokens, *, policy):
+def _decode_step(model, params, cache, tokens, *, policy=kv.CachePolicy()):
     return _step(model, params, cache, tokens, None, policy)
 
 
-decode_step = _DecodeStep()
+decode_step.lower = _decode_step.lower  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _step(model, params, cache, tokens, counts, policy) -> tuple[Any, dict[str, Any]]:
@@ -217,7 +216,8 @@ def decode_chunk(
         counts = active.astype(jnp.int32)
         logits, cache = _step(model, params, cache, tokens, counts, policy)
         with jax.named_scope("sample"):
-            tokens = jnp.where(active, jnp.argmax(logits, axis=-1), tokens)
+            best = jnp.argmax(logits, axis=-1).astype(tokens.dtype)
+            tokens = jnp.where(active, best, tokens)
         sampled = jnp.where(active, tokens, -1)
         going = has_room(cache) & ~jnp.isin(tokens, ends)
         return (cache, tokens, active & going), sampled
@@ -231,14 +231,13 @@ def decode_chunk(
     return DecodeChunk(sampled.T, tokens=last[1], active=last[2], cache=last[0])
 
 
-def check_tokens(config: ModelConfig, tokens: Any) -> None:
-    """Raises ValueError for ids outside the vocabulary; skipped under a trace."""
-    host = _host(tokens)
-    if host is None or host.size == 0:
+def check_tokens(config: ModelConfig, tokens: np.ndarray) -> None:
+    """Raises ValueError for ids outside the vocabulary."""
+    if tokens.size == 0:
         return
-    if not np.issubdtype(host.dtype, np.integer):
-        raise ValueError(f"tokens: must be whole numbers, not {host.dtype}")
-    low, high = int(host.min()), int(host.max())
+    if not np.issubdtype(tokens.dtype, np.integer):
+        raise ValueError(f"tokens: must be whole numbers, not {tokens.dtype}")
+    low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= config.vocab_size:
         wrong = low if low < 0 else high
         raise ValueError(
@@ -247,28 +246,35 @@ def check_tokens(config: ModelConfig, tokens: Any) -> None:
 
 
 def _check_shape(name: str, array: Any, expected: tuple[int, ...]) -> None:
-    if tuple(array.shape) != expected:
-        shape = tuple(array.shape)
+    if (shape := tuple(np.shape(array))) != expected:
         raise ValueError(f"{name}: must have shape {expected} here, not {shape}")
 
 
-def _host(x: Any) -> np.ndarray | None:
-    """A copy of `x` on the host, or None under a trace.
+def _host(*arrays: Any) -> list[np.ndarray] | None:
+    """Copies on the host, fetched together, or None under a trace.
 
-    A copy: a view would keep the buffer from being donated.
+    Copies: a view would keep the buffer from being donated.
     """
-    return None if isinstance(x, jax.core.Tracer) else np.array(x)
+    if any(isinstance(x, jax.core.Tracer) for x in arrays):
+        return None
+    for x in arrays:
+        if isinstance(x, jax.Array):
+            x.copy_to_host_async()
+    return [np.array(x) for x in arrays]
 
 
 def _checked_prompt(config: ModelConfig, cache, tokens, lengths, policy):
     """Tokens and lengths on the host, and the longest length; in a trace as given."""
-    rows, width = cache["lengths"].shape, tokens.shape[-1]
+    rows, width = cache["lengths"].shape, np.shape(tokens)[-1]
     _check_shape("tokens", tokens, (*rows, width))
     lengths = np.full(rows, width, np.int32) if lengths is None else lengths
     _check_shape("lengths", lengths, rows)
-    host, wanted, held = _host(tokens), _host(lengths), _host(cache["lengths"])
-    if host is None or wanted is None or held is None:
+    on_host = _host(tokens, lengths, cache["lengths"])
+    if on_host is None:
         return tokens, lengths, width
+    host, wanted, held = on_host
+    if not np.issubdtype(wanted.dtype, np.integer):
+        raise ValueError(f"lengths: must be whole numbers, not {wanted.dtype}")
     if np.any((wanted < 0) | (wanted > width)):
         raise ValueError(f"lengths: {wanted.tolist()} must lie in 0 to {width}")
     check_tokens(config, host[np.arange(width)[None] < wanted[:, None]])

@@ -109,7 +109,8 @@ def _attend_block(q, k, v, mask):
     scores = jnp.einsum("...KGTH,...KSH->...KGTS", q, k, preferred_element_type=f32)
     scores = jnp.where(mask[..., None, None, :, :], scores / q.shape[-1] ** 0.5, MASKED)
     probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("...KGTS,...KSH->...KGTH", probs, v).astype(q.dtype)
+    out = jnp.einsum("...KGTS,...KSH->...KGTH", probs, v, preferred_element_type=f32)
+    return out.astype(q.dtype)
 
 
 class Attention(nn.Module):

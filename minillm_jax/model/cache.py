@@ -33,6 +33,7 @@ from minillm_jax import validation
 from minillm_jax.config import MAX_POSITIONS, ConfigError, ModelConfig
 
 Cache = Mapping[str, Any]
+MAX_ROWS = 2**20
 
 
 class CacheOverflowError(ValueError):
@@ -57,6 +58,9 @@ class CachePolicy:
 
     overflow: Annotated[str, validation.OneOf(("error", "stop", "ring"))] = "error"
     num_sinks: Annotated[int, validation.Range(0, MAX_POSITIONS)] = 0
+
+
+RING = CachePolicy(overflow="ring")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +95,22 @@ def num_slots(config: ModelConfig, capacity: int, policy: CachePolicy) -> int:
     if config.sliding_window is None:
         return slots
     return min(slots, config.sliding_window + spare)
+
+
+def check_policy(config: ModelConfig, cache: Cache, policy: CachePolicy) -> None:
+    """Raises ValueError where the slots show that `cache` has another policy."""
+    slots = max(leaf.shape[-2] for leaf in _leaves(cache))
+    ring = policy.overflow == "ring"
+    window = slots - (config.prefill_chunk - 1)
+    if ring and config.sliding_window is None:
+        wrong = window <= policy.num_sinks
+    else:
+        wrong = not ring and slots > config.max_kv_cache_len
+    if wrong:
+        raise ValueError(
+            f"policy: a cache of {slots} slots was not made for {policy}; pass the "
+            "policy that init_cache was given"
+        )
 
 
 def capacity_bucket(config: ModelConfig, tokens: int) -> int:
@@ -128,7 +148,7 @@ def cache_shapes(
     config = config.resolve(jax.default_backend())
     capacity = config.max_kv_cache_len if capacity is None else capacity
     slots = num_slots(config, _checked_capacity(config, capacity, policy), policy)
-    bounds = validation.Range(1, MAX_POSITIONS)
+    bounds = validation.Range(1, MAX_ROWS)
     batch_size = validation.whole_number("batch_size", batch_size, bounds)
     rows = (batch_size,) if batch_size > 1 else ()
     shape = (*rows, config.num_kv_heads, slots, config.head_dim)
@@ -141,8 +161,15 @@ def cache_shapes(
 
 
 def _checked_capacity(config: ModelConfig, capacity: int, policy: CachePolicy) -> int:
+    if not isinstance(policy, CachePolicy):
+        raise ConfigError(f"policy={policy!r}: must be a CachePolicy, such as {RING!r}")
     bounds = validation.Range(1, config.max_kv_cache_len)
     capacity = validation.whole_number("capacity", capacity, bounds)
+    if policy.num_sinks and config.sliding_window is not None:
+        raise ConfigError(
+            f"num_sinks={policy.num_sinks}: sliding-window layers "
+            f"(sliding_window={config.sliding_window}) keep no sinks; write 0"
+        )
     if policy.num_sinks >= capacity:
         raise ConfigError(
             f"num_sinks={policy.num_sinks}: must be below the capacity of {capacity} "
@@ -244,31 +271,43 @@ def slot_positions(
 def insert(cache: Cache, row: int | Int[Array, ""], source: Cache) -> dict[str, Any]:
     """`cache` with row `row` replaced by the only row of `source`.
 
-    `source` may have fewer slots, as long as its ring has not wrapped. A row that
-    `cache` does not have changes nothing. Jittable.
+    `source` may have fewer slots, as long as its ring has not wrapped; the rest of the
+    row is zeroed. A row that `cache` does not have changes nothing. Jittable.
     """
 
-    def put(leaf, new):
+    def filled(leaf, new):
         if leaf.ndim == 1:
-            return leaf.at[row].set(new[0], mode="drop")
-        if leaf.ndim == new.ndim:  # a batch of one
-            return jax.lax.dynamic_update_slice(leaf, new, (0, 0, 0))
-        return leaf.at[row, :, : new.shape[-2]].set(new, mode="drop")
+            return new[0]
+        if new.shape[-2] > leaf.shape[-2]:
+            raise ValueError(
+                f"source: its {new.shape[-2]} slots are more than {leaf.shape[-2]}"
+            )
+        return jnp.pad(new, ((0, 0), (0, leaf.shape[-2] - new.shape[-2]), (0, 0)))
 
-    return jax.tree.map(put, dict(cache), dict(source))
+    return _with_row(cache, row, jax.tree.map(filled, dict(cache), dict(source)))
 
 
 def evict(cache: Cache, row: int | Int[Array, ""]) -> dict[str, Any]:
     """`cache` with row `row` empty, its slots zeroed. Jittable.
 
-    Zeroed, not only forgotten: a NaN left in a masked slot would reach the next row's
-    sums.
+    Zeroed, not only forgotten: a NaN left in a masked slot would reach the sums of the
+    row's next tokens. A row that `cache` does not have changes nothing.
     """
+    return _with_row(cache, row, jax.tree.map(lambda leaf: 0, dict(cache)))
 
-    def clear(leaf):
-        return jnp.zeros_like(leaf) if leaf.ndim == 3 else leaf.at[row].set(0)
 
-    return jax.tree.map(clear, dict(cache))
+def _with_row(cache: Cache, row, values: Any) -> dict[str, Any]:
+    """`cache` with each leaf's row `row` set to a value, if there is such a row."""
+    rows = cache["lengths"].shape[0]
+    there = (jnp.asarray(row) >= 0) & (jnp.asarray(row) < rows)
+    target = jnp.where(there, row, rows)  # out of bounds, and dropped
+
+    def put(leaf, value):
+        if leaf.ndim == 3:  # a single row's, without a batch axis
+            return jnp.where(there, value, leaf)
+        return leaf.at[target].set(value, mode="drop")
+
+    return jax.tree.map(put, dict(cache), values)
 
 
 def grow_cache(
@@ -286,13 +325,16 @@ def grow_cache(
     Args:
       cache: outside a trace, before the first wrap of a ring.
       capacity: tokens a row can hold, or see in a ring.
-      config: tells the slots of a ring, where it is required, and of a sliding window.
+      config: tells the slots of a ring, where it is required, and of a sliding window;
+        without it `max_kv_cache_len` is not checked here.
       policy: the one that the cache was made with.
 
     Raises:
       CacheOverflowError: if `capacity` is less than a row holds, or a ring wrapped.
       ConfigError: if a ring is grown without its config.
     """
+    bounds = validation.Range(1, MAX_POSITIONS)
+    capacity = validation.whole_number("capacity", capacity, bounds)
     longest = int(np.max(np.asarray(cache["lengths"])))
     ring = policy.overflow == "ring"
     if ring and config is None:

@@ -103,7 +103,8 @@ class MiniLLM(nn.Module):
         counts = None if lengths is None else jnp.clip(lengths, 0, length)
         if cached:
             start = self.get_variable("cache", "lengths")
-            room = kv.token_capacity(config, self.variables["cache"], policy) - start
+            capacity = kv.token_capacity(config, self.variables["cache"], policy)
+            room = jnp.maximum(capacity - start, 0)
             counts = jnp.minimum(length if counts is None else counts, room)
             counts = counts.astype(jnp.int32)
             self.put_variable("cache", "lengths", start + counts)
@@ -129,6 +130,8 @@ class MiniLLM(nn.Module):
 
     def _check_call(self, tokens, segment_ids, policy: kv.CachePolicy) -> None:
         """Raises ValueError for shapes that this model or its cache cannot take."""
+        if tokens.ndim != 2:
+            raise ValueError(f"tokens: must be [B, T], not of shape {tokens.shape}")
         length, config = tokens.shape[1], self.config
         if length == 0:
             raise ValueError("tokens: a call needs at least one token per row")
@@ -143,6 +146,7 @@ class MiniLLM(nn.Module):
             raise ValueError("a cache is updated: call apply with mutable=['cache']")
         if segment_ids is not None:
             raise ValueError("segment_ids: only without a cache")
+        kv.check_policy(config, self.variables["cache"], policy)
         rings = policy.overflow == "ring" or config.sliding_window is not None
         if rings and length > config.prefill_chunk:
             raise ValueError(
@@ -192,4 +196,4 @@ def init_params(model: MiniLLM, seed: int = 0) -> dict[str, Any]:
 
 @functools.partial(jax.jit, static_argnames=("name", "config", "shape", "dtype"))
 def _init_leaf(key, name: str, config: ModelConfig, shape, dtype) -> jax.Array:
-    return layers.INITIALIZERS[name](config)(key, shape, dtype)
+    return layers.initializer(name, config)(key, shape, dtype)

@@ -4,15 +4,14 @@ Counts are exact for parameters and bytes. FLOPs count a multiply-add as two and
 out what is not a matrix product. "auto" dtypes must be resolved first.
 """
 
-import ml_dtypes
-import numpy as np
+import jax.numpy as jnp
 
 from minillm_jax.config import ModelConfig
 
 
 def itemsize(dtype: str) -> int:
     """Bytes of one element."""
-    return np.dtype(getattr(ml_dtypes, dtype, dtype)).itemsize
+    return jnp.dtype(dtype).itemsize
 
 
 def layer_kernels(config: ModelConfig) -> int:

@@ -72,9 +72,12 @@ def _cgroup_available() -> int | None:
     """What a container's limit (cgroup version 2) leaves, where there is one."""
     limit = _lines("/sys/fs/cgroup/memory.max")
     used = _lines("/sys/fs/cgroup/memory.current")
+    stat = _lines("/sys/fs/cgroup/memory.stat")
     if not limit or not used or limit[0].strip() == "max":
         return None
-    return max(0, int(limit[0]) - int(used[0]))
+    files = [line.split()[1] for line in stat if line.startswith("inactive_file ")]
+    taken = int(used[0]) - sum(int(size) for size in files)  # the kernel gives those up
+    return max(0, int(limit[0]) - taken)
 
 
 def _lines(path: str) -> list[str]:

@@ -1,7 +1,7 @@
 """Whether a model and its cache fit, before anything is allocated.
 
-The parts are summed for the moment when they are all alive: weights, cache, one decode
-or prefill call with its activations, and what the runtime itself takes.
+The parts are summed for the moments when most is alive: weights, cache and a call with
+its activations, or the weights as the last of them is made; and the runtime itself.
 """
 
 import dataclasses
@@ -25,14 +25,16 @@ class MemoryPlan:
     cache_bytes: int
     activation_bytes: int  # the largest call's, its logits included
     conversion_bytes: int  # copies of weights and cache in another dtype
+    init_bytes: int  # of making random weights, before there is a cache
     runtime_bytes: int
     limit_bytes: int
 
     @property
     def total_bytes(self) -> int:
         """The sum, with a margin for the allocator."""
-        parts = (self.weights_bytes, self.cache_bytes, self.activation_bytes)
-        return int(MARGIN * (sum(parts) + self.conversion_bytes)) + self.runtime_bytes
+        running = self.cache_bytes + self.activation_bytes + self.conversion_bytes
+        peak = self.weights_bytes + max(running, self.init_bytes)
+        return int(MARGIN * peak) + self.runtime_bytes
 
     @property
     def fits(self) -> bool:
@@ -69,11 +71,13 @@ def plan_decode(
     calls = [(chunk, slots)]
     if forward_tokens:
         calls.append((forward_tokens, forward_tokens))
+    working = [_activations(config, batch_size, *call) for call in calls]
     return MemoryPlan(
         weights_bytes=weights,
         cache_bytes=cache,
-        activation_bytes=max(_activations(config, batch_size, *c) for c in calls),
+        activation_bytes=max(working),
         conversion_bytes=_conversions(config, platform, batch_size, cache),
+        init_bytes=_making_weights(config),
         runtime_bytes=RUNTIME_BYTES if platform == "cpu" else 0,
         limit_bytes=limit_bytes,
     )
@@ -94,6 +98,11 @@ def _activations(config: ModelConfig, rows: int, tokens: int, keys: int) -> int:
     return rows * tokens * width * size + scores + 2 * 4 * rows * config.vocab_size
 
 
+def _making_weights(config: ModelConfig) -> int:
+    """The largest matrix, in float32, three times: random bits, normals, the result."""
+    return 3 * 4 * config.dim_model * max(2 * config.dim_ff, config.vocab_size)
+
+
 def _conversions(config: ModelConfig, platform: str, rows: int, cache: int) -> int:
     """Copies in another dtype that XLA keeps beside the stored arrays.
 
@@ -108,6 +117,11 @@ def _conversions(config: ModelConfig, platform: str, rows: int, cache: int) -> i
         if jax.__version_info__ < (0, 12):
             return weights32 + cache32
         return weights32 if rows == 1 else cache32 // config.num_layers
+    size, copies = costs.itemsize(config.dtype), 0
     if config.param_dtype != config.dtype:
-        return costs.parameters(config) * costs.itemsize(config.dtype)
-    return 0
+        copies += costs.parameters(config) * size
+    if config.cache_dtype != config.dtype:  # a layer's at a time
+        copies += (
+            cache * size // costs.itemsize(config.cache_dtype) // config.num_layers
+        )
+    return copies

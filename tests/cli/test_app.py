@@ -16,6 +16,7 @@ CONFIG_FILES = {
     "empty.py": "def get_config():\n    return {}\n",
     "none.py": "def get_config():\n    pass\n",
     "no_function.py": "x = 1\n",
+    "leaves.py": "import sys\n\ndef get_config():\n    sys.exit(0)\n",
 }
 # Arguments -> words that the line must hold.
 CASES = {
@@ -28,7 +29,13 @@ CASES = {
     "--config=TMP/imports.py": ("imports.py:1", "no_such_module_here"),
     "--config=TMP/empty.py": ("section", "'model'"),
     "--config=TMP/none.py": ("get_config()", "None"),
-    "--config=TMP/no_function.py": ("get_config",),
+    "--config=TMP/no_function.py": ("no_function.py", "get_config"),
+    "--config=TMP/leaves.py": ("leaves.py:4", "SystemExit"),
+    "--config=configs/small.py:large": ("configs/small.py", "get_config()"),
+    "--config=small --config=medium": ("--config", "2 times"),
+    "--config=small --config.modle.dim_model=8": ("modle", "did you mean model?"),
+    "--config=small --config.model.d_model=8": ("d_model", "write dim_model"),
+    "--config=small --config.decode.json_path=/nowhere/x.json": ("/nowhere/x.json",),
     "--config=small --config.model.dim_modle=3": (
         "--config.model.dim_modle",
         "did you mean dim_model?",
@@ -51,7 +58,7 @@ CASES = {
     "--config=small --config.decode.batch_size=0": ("batch_size=0", "write 1"),
     "--config=small --config.decode.contexts=20": ("contexts", "new_tokens=32"),
     "--config=small --config.decode.contexts=4096": ("4096", "max_kv_cache_len=2048"),
-    "--config=small --config.decode.capacity=64": ("capacity", "64"),
+    "--config=small --config.decode.capacity=64": ("capacity=64", "write 128"),
     "--config=small --config.model.vocab_size=200": ("vocab_size=200", "256"),
     "--config=xlarge --config.model.num_layers=4096": (
         "does not fit",

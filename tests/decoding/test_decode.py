@@ -758,3 +758,15 @@ def test_padding_may_be_any_id():
         for tokens in (prompt, clean)
     ]
     chex.assert_trees_all_equal(*results)
+
+
+def test_decode_works_in_64_bit_mode():
+    model, params = build()
+    with jax.enable_x64(True):
+        cache = mj.init_cache(model.config)
+        logits, cache = mj.prefill(model, params, cache, some_tokens((1, 4)))
+        tokens = jnp.argmax(logits, axis=-1)
+        out = decode.decode_chunk(
+            model, params, cache, tokens, np.array([True]), steps=3
+        )
+    assert out.tokens.dtype == jnp.int32

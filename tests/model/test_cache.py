@@ -489,8 +489,8 @@ def test_token_capacity_is_where_a_row_is_full(
         (STOP_POLICY, None, 8, kv.SlotRule(wraps=True, window=8)),
         (STOP_POLICY, 24, 8, kv.SlotRule(wraps=True, window=8)),
         (STOP_POLICY, 20, 8, kv.SlotRule(wraps=False, window=8)),  # too few for a ring
-        (SINKS_POLICY, None, 8, kv.SlotRule(wraps=True, window=8)),
-        (SINKS_POLICY, 4, 8, kv.SlotRule(wraps=True, window=4, sinks=2)),
+        (RING_POLICY, None, 8, kv.SlotRule(wraps=True, window=8)),
+        (RING_POLICY, 4, 8, kv.SlotRule(wraps=True, window=4)),
     ],
 )
 def test_slot_rule_follows_from_config_leaf_and_policy(
@@ -544,6 +544,7 @@ def test_insert_replaces_one_row_and_leaves_the_others(row, slots, traced):
     after = (insert if traced else kv.insert)(cache, row, source)
     for name, leaf in leaves(after).items():
         expected = np.array(leaves(cache)[name])
+        expected[row] = 0
         expected[row, :, :slots] = leaves(source)[name]
         np.testing.assert_array_equal(leaf, expected)
     lengths = np.array(cache["lengths"])
@@ -725,3 +726,44 @@ def test_cache_that_the_config_does_not_allow_is_a_config_error(given, policy, s
 def test_smallest_and_largest_cache_with_sinks_are_allowed(capacity):
     cache = mj.init_cache(config_of(), 1, capacity, policy=SINKS_POLICY)
     chex.assert_shape(leaves(cache)["k"], (K, capacity + 2, H))
+
+
+def test_sinks_with_a_sliding_window_are_refused(tiny_config):
+    config = tiny_config.replace(sliding_window=8)
+    with pytest.raises(mj.ConfigError, match=r"num_sinks=2: sliding-window layers"):
+        mj.init_cache(config, policy=SINKS_POLICY)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+@pytest.mark.parametrize("row", [-1, 2, 5])
+def test_a_row_that_is_not_there_changes_nothing(batch_size, row):
+    config = config_of()
+    cache = held_cache(config, 5, capacity=8, rows=batch_size)
+    source = held_cache(config, 3, capacity=8, rows=1)
+    chex.assert_trees_all_equal(kv.insert(cache, row, source), cache)
+    chex.assert_trees_all_equal(kv.evict(cache, row), cache)
+
+
+def test_a_shorter_source_leaves_nothing_of_the_row_before():
+    config = config_of()
+    cache = held_cache(config, 5, capacity=12)
+    poisoned = jax.tree.map(
+        lambda x: x if x.ndim == 1 else jnp.full_like(x, jnp.nan), cache
+    )
+    replaced = kv.insert(poisoned, 0, held_cache(config, 3, capacity=8, rows=1))
+    for leaf in jax.tree.leaves(replaced):
+        assert np.all(np.isfinite(np.asarray(leaf)[0]))
+
+
+@pytest.mark.parametrize(
+    ("slots", "policy"), [(3, kv.RING), (15, kv.CachePolicy()), (3, SINKS_POLICY)]
+)
+def test_a_cache_of_another_policy_is_refused(tiny_config, slots, policy):
+    config = tiny_config.replace(
+        max_seq_len=12, max_kv_cache_len=12, prefill_chunk=4, num_kv_heads=2
+    )
+    leaf = jax.ShapeDtypeStruct((2, slots, 8), jnp.float32)
+    lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
+    cache = {"lengths": lengths, "layers_0": {"attention": {"k": leaf, "v": leaf}}}
+    with pytest.raises(ValueError, match="pass the policy that init_cache was given"):
+        kv.check_policy(config, cache, policy)
