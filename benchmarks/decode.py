@@ -6,6 +6,7 @@
 Prints a table, then one JSON object as the last line.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -52,7 +53,10 @@ def benchmark(config: Any) -> dict[str, Any]:
                     progress=progress,
                 )
             )
-    sections = {"model": model.config.to_dict(), "decode": config.decode.to_dict()}
+    sections = {
+        "model": model.config.to_dict(),
+        "decode": dataclasses.asdict(settings),
+    }
     return report.header("decode", sections) | {
         "bandwidth_gb_per_s": max(row["bandwidth_gb_per_s"] for row in results),
         "memory": {
@@ -69,7 +73,7 @@ def main(config: Any) -> None:
     """Measures, then prints."""
     result = benchmark(config)
     report.show_decode(result)
-    report.write_json(result, config.decode.json_path)
+    report.write_json(result, result["config"]["decode"]["json_path"])
 
 
 if __name__ == "__main__":

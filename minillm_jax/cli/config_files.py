@@ -6,6 +6,7 @@ sections become frozen once, in `model_config` and `decode_settings`.
 
 import dataclasses
 import typing
+from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
 from ml_collections import config_dict
@@ -96,10 +97,10 @@ def _section(cls: type, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _frozen(cls: type[_Section], config: Any, name: str) -> _Section:
-    section = config.get(name) if hasattr(config, "get") else None
-    if section is None:
-        raise ConfigError(f"the config has no section {name!r}; start from a preset")
+    section: Any = config.get(name) if hasattr(config, "get") else None
     values = section.to_dict() if hasattr(section, "to_dict") else section
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"the config has no section {name!r}; start from a preset")
     try:
         return cls(**values)
     except ConfigError as error:

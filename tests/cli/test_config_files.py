@@ -117,3 +117,17 @@ def test_legacy_names_work_in_a_config_file_section():
     config = ml_collections.ConfigDict({"model": section})
     with pytest.warns(DeprecationWarning, match="d_model -> dim_model"):
         assert config_files.model_config(config).dim_model == 32
+
+
+def test_a_config_file_may_return_plain_dictionaries():
+    sections = {
+        "model": mj.Configs.small().to_dict(),
+        "decode": {"contexts": [64], "batch_size": 2},
+    }
+    assert config_files.model_config(sections) == mj.Configs.small()
+    assert config_files.decode_settings(sections).measured_contexts() == (64,)
+
+
+def test_a_section_that_is_no_mapping_is_a_config_error():
+    with pytest.raises(mj.ConfigError, match="section 'model'"):
+        config_files.model_config({"model": 3})
