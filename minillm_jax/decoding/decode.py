@@ -5,7 +5,7 @@ small wait a call), check what the caller gave, and call a jitted function that 
 the cache. `decode_chunk` is the inner loop itself, unchecked: a caller that keeps its
 own count of tokens never waits for the device.
 
-Axes: B batch, T query length, C tokens of a prefill chunk, V vocab.
+Axes: B batch, T query length, V vocab.
 """
 
 import functools
@@ -147,12 +147,15 @@ def decode_step(
       CacheOverflowError: if a row is full.
       ValueError: for tokens outside the vocabulary, or not one per row.
     """
+    kv.check_alive(cache)
     _check_shape("tokens", tokens, cache["lengths"].shape)
     host = _host(tokens, cache["lengths"])
     if host is not None:
         tokens_now, held = host
         check_tokens(model.config, tokens_now)
         _check_room(model.config, cache, held, np.ones_like(held), policy)
+        if not isinstance(tokens, jax.Array):  # one executable for every integer type
+            tokens = tokens_now.astype(np.int32)
     return _decode_step(model, params, cache, tokens, policy=policy)
 
 
@@ -265,7 +268,10 @@ def _host(*arrays: Any) -> list[np.ndarray] | None:
 
 def _checked_prompt(config: ModelConfig, cache, tokens, lengths, policy):
     """Tokens and lengths on the host, and the longest length; in a trace as given."""
-    rows, width = cache["lengths"].shape, np.shape(tokens)[-1]
+    kv.check_alive(cache)
+    if np.ndim(tokens) != 2:
+        raise ValueError(f"tokens: must be [B, T], not of shape {np.shape(tokens)}")
+    rows, width = cache["lengths"].shape, np.shape(tokens)[1]
     _check_shape("tokens", tokens, (*rows, width))
     lengths = np.full(rows, width, np.int32) if lengths is None else lengths
     _check_shape("lengths", lengths, rows)

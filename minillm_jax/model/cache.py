@@ -25,6 +25,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -53,7 +54,8 @@ class CachePolicy:
 
     "error" raises CacheOverflowError before any work, "stop" ends the row, "ring"
     overwrites the oldest tokens but keeps the first `num_sinks` (attention sinks, Xiao
-    et al. 2023, arXiv:2309.17453).
+    et al. 2023, arXiv:2309.17453). The first two differ in who generates: `prefill` and
+    `decode_step` raise under both, a decode chunk ends the row under both.
     """
 
     overflow: Annotated[str, validation.OneOf(("error", "stop", "ring"))] = "error"
@@ -76,7 +78,7 @@ def slot_rule(config: ModelConfig, slots: int, policy: CachePolicy) -> SlotRule:
     """The rule of a layer whose leaves have `slots` slots."""
     local, spare = config.sliding_window, config.prefill_chunk - 1
     ring = policy.overflow == "ring"
-    full = local is not None and local + spare <= slots  # its leaves grow no further
+    full = local is not None and local + spare <= slots  # a ring from here on
     if local is not None and (full or not ring):
         return SlotRule(wraps=full, window=local)
     if ring:
@@ -97,19 +99,45 @@ def num_slots(config: ModelConfig, capacity: int, policy: CachePolicy) -> int:
     return min(slots, config.sliding_window + spare)
 
 
-def check_policy(config: ModelConfig, cache: Cache, policy: CachePolicy) -> None:
-    """Raises ValueError where the slots show that `cache` has another policy."""
+def check_cache(config: ModelConfig, cache: Cache, policy: CachePolicy) -> None:
+    """Raises ValueError where shapes show that `cache` was made for something else."""
+    _check_types(config, policy)
+    names = {f"layers_{layer}" for layer in range(config.num_layers)} | {"lengths"}
+    heads = {(leaf.shape[-3], leaf.shape[-1]) for leaf in _leaves(cache)}
+    if set(cache) != names or heads != {(config.num_kv_heads, config.head_dim)}:
+        raise ValueError("cache: was made for another config; make it with init_cache")
     slots = max(leaf.shape[-2] for leaf in _leaves(cache))
-    ring = policy.overflow == "ring"
-    window = slots - (config.prefill_chunk - 1)
-    if ring and config.sliding_window is None:
-        wrong = window <= policy.num_sinks
-    else:
-        wrong = not ring and slots > config.max_kv_cache_len
-    if wrong:
+    rule = slot_rule(config, slots, policy)
+    if rule.window is not None and rule.window <= rule.sinks:
         raise ValueError(
             f"policy: a cache of {slots} slots was not made for {policy}; pass the "
             "policy that init_cache was given"
+        )
+    longest = config.max_kv_cache_len
+    if policy.overflow != "ring" and slots > longest:
+        raise ValueError(
+            f"cache: has {slots} slots, but max_kv_cache_len={longest}; it is a "
+            f"ring's and not for {policy}, or grew too far (grow_cache with config= "
+            "refuses that)"
+        )
+
+
+def _check_types(config: Any, policy: Any) -> None:
+    if not isinstance(config, ModelConfig):
+        raise ConfigError(
+            f"config: must be a ModelConfig, not a {type(config).__name__}"
+        )
+    if not isinstance(policy, CachePolicy):
+        raise ConfigError(f"policy={policy!r}: must be a CachePolicy, such as {RING!r}")
+
+
+def check_alive(cache: Cache) -> None:
+    """Raises ValueError for a cache that an earlier call has taken."""
+    arrays = [x for x in jax.tree.leaves(dict(cache)) if isinstance(x, jax.Array)]
+    if any(not isinstance(x, jax.core.Tracer) and x.is_deleted() for x in arrays):
+        raise ValueError(
+            "cache: was donated to an earlier call; go on with the one which that "
+            "returned, or with a new one from init_cache"
         )
 
 
@@ -145,6 +173,7 @@ def cache_shapes(
     policy: CachePolicy = CachePolicy(),
 ) -> dict[str, Any]:
     """The cache as a tree of `jax.ShapeDtypeStruct`; nothing is allocated."""
+    _check_types(config, policy)
     config = config.resolve(jax.default_backend())
     capacity = config.max_kv_cache_len if capacity is None else capacity
     slots = num_slots(config, _checked_capacity(config, capacity, policy), policy)
@@ -161,8 +190,6 @@ def cache_shapes(
 
 
 def _checked_capacity(config: ModelConfig, capacity: int, policy: CachePolicy) -> int:
-    if not isinstance(policy, CachePolicy):
-        raise ConfigError(f"policy={policy!r}: must be a CachePolicy, such as {RING!r}")
     bounds = validation.Range(1, config.max_kv_cache_len)
     capacity = validation.whole_number("capacity", capacity, bounds)
     if policy.num_sinks and config.sliding_window is not None:
@@ -325,14 +352,17 @@ def grow_cache(
     Args:
       cache: outside a trace, before the first wrap of a ring.
       capacity: tokens a row can hold, or see in a ring.
-      config: tells the slots of a ring, where it is required, and of a sliding window;
-        without it `max_kv_cache_len` is not checked here.
-      policy: the one that the cache was made with.
+      config: tells the slots of a ring, where it is required, and of a sliding window.
+        Without it `max_kv_cache_len` is not checked here, and sliding-window leaves
+        may grow beyond what their window needs.
+      policy: the one that the cache was made with; a ring grown as another policy has
+        a smaller window than asked for.
 
     Raises:
       CacheOverflowError: if `capacity` is less than a row holds, or a ring wrapped.
       ConfigError: if a ring is grown without its config.
     """
+    check_alive(cache)
     bounds = validation.Range(1, MAX_POSITIONS)
     capacity = validation.whole_number("capacity", capacity, bounds)
     longest = int(np.max(np.asarray(cache["lengths"])))

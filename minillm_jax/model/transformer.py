@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from minillm_jax.config import ModelConfig
+from minillm_jax.config import ConfigError, ModelConfig
 from minillm_jax.model import cache as kv
 from minillm_jax.model import layers, rope
 from minillm_jax.model.attention import Attention, Places, Span
@@ -42,7 +42,8 @@ class Block(nn.Module):
 class MiniLLM(nn.Module):
     """Tokens to logits: the plain causal forward, or appending to a `cache` collection.
 
-    It never creates cache variables: `init_cache` does.
+    It never creates cache variables: `init_cache` does. `create_model` makes one, with
+    the config's dtypes resolved.
     """
 
     config: ModelConfig
@@ -71,7 +72,8 @@ class MiniLLM(nn.Module):
           lengths: valid tokens of this call in each row, the first ones; None = T. A
             row of 0 is not touched. Logits of the rest are 0, and so are those of
             tokens for which a row of the cache has no room: they are not stored.
-          segment_ids: packed documents from 1 on, 0 = padding; only without a cache.
+          segment_ids: packed documents from 1 on; 0 = padding, whose logits are 0. Only
+            without a cache.
           policy: what the cache was made with.
 
         Raises:
@@ -82,10 +84,12 @@ class MiniLLM(nn.Module):
             tokens, lengths=lengths, segment_ids=segment_ids, policy=policy
         )
         logits = self.unembed(x)
-        if counts is None:
-            return logits
-        valid = jnp.arange(tokens.shape[1])[None] < counts[:, None]
-        return jnp.where(valid[..., None], logits, 0.0)
+        if counts is not None:
+            valid = jnp.arange(tokens.shape[1])[None] < counts[:, None]
+            logits = jnp.where(valid[..., None], logits, 0.0)
+        if segment_ids is not None:
+            logits = jnp.where((segment_ids > 0)[..., None], logits, 0.0)
+        return logits
 
     def hidden(
         self,
@@ -97,7 +101,7 @@ class MiniLLM(nn.Module):
     ) -> tuple[Float[Array, "B T D"], Int[Array, " B"] | None]:
         """The last layer's output and, unless all are, each row's valid tokens."""
         config, cached = self.config, self.has_variable("cache", "lengths")
-        self._check_call(tokens, segment_ids, policy)
+        self._check_call(tokens, lengths, segment_ids, policy)
         batch, length = tokens.shape
         start = jnp.zeros((batch,), jnp.int32)
         counts = None if lengths is None else jnp.clip(lengths, 0, length)
@@ -128,11 +132,19 @@ class MiniLLM(nn.Module):
                 product, x, head.astype(x.dtype), preferred_element_type=jnp.float32
             )
 
-    def _check_call(self, tokens, segment_ids, policy: kv.CachePolicy) -> None:
+    def _check_call(self, tokens, lengths, segment_ids, policy) -> None:
         """Raises ValueError for shapes that this model or its cache cannot take."""
         if tokens.ndim != 2:
             raise ValueError(f"tokens: must be [B, T], not of shape {tokens.shape}")
         length, config = tokens.shape[1], self.config
+        if lengths is not None and lengths.shape != tokens.shape[:1]:
+            raise ValueError(
+                f"lengths: must be [B] = {tokens.shape[:1]}, not {lengths.shape}"
+            )
+        if segment_ids is not None and segment_ids.shape != tokens.shape:
+            raise ValueError(
+                f"segment_ids: must be [B, T] = {tokens.shape}, not {segment_ids.shape}"
+            )
         if length == 0:
             raise ValueError("tokens: a call needs at least one token per row")
         if not self.has_variable("cache", "lengths"):
@@ -142,11 +154,16 @@ class MiniLLM(nn.Module):
                     "without a cache; shorten them, or raise it in the config"
                 )
             return
+        kv.check_cache(config, self.variables["cache"], policy)
+        rows = self.get_variable("cache", "lengths").shape[0]
+        if tokens.shape[0] != rows:
+            raise ValueError(
+                f"tokens: {tokens.shape[0]} rows, but the cache has {rows}"
+            )
         if not self.is_mutable_collection("cache"):
             raise ValueError("a cache is updated: call apply with mutable=['cache']")
         if segment_ids is not None:
             raise ValueError("segment_ids: only without a cache")
-        kv.check_policy(config, self.variables["cache"], policy)
         rings = policy.overflow == "ring" or config.sliding_window is not None
         if rings and length > config.prefill_chunk:
             raise ValueError(
@@ -172,6 +189,9 @@ class MiniLLM(nn.Module):
 
 def create_model(config: ModelConfig) -> MiniLLM:
     """The Linen module of a config; its dtypes "auto" become the default backend's."""
+    if not isinstance(config, ModelConfig):
+        kind = type(config).__name__
+        raise ConfigError(f"config: must be a ModelConfig, not a {kind}")
     return MiniLLM(config.resolve(jax.default_backend()))
 
 

@@ -11,6 +11,7 @@ import itertools
 import chex
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -770,3 +771,28 @@ def test_decode_works_in_64_bit_mode():
             model, params, cache, tokens, np.array([True]), steps=3
         )
     assert out.tokens.dtype == jnp.int32
+
+
+def test_a_dead_cache_is_refused_with_advice():
+    model, params = build()
+    cache = mj.init_cache(model.config)
+    mj.prefill(model, params, cache, some_tokens((1, 4)))
+    with pytest.raises(ValueError, match="go on with the one which that returned"):
+        mj.prefill(model, params, cache, some_tokens((1, 4)))
+    with pytest.raises(ValueError, match="go on with the one which that returned"):
+        mj.decode_step(model, params, cache, some_tokens((1,)))
+
+
+def test_one_prompt_without_a_batch_axis_is_refused():
+    model, params = build()
+    with pytest.raises((ValueError, jaxtyping.TypeCheckError)):
+        mj.prefill(model, params, mj.init_cache(model.config), some_tokens((4,)))
+
+
+@pytest.mark.parametrize("cached_rows", [1, 2])
+def test_apply_refuses_rows_that_the_cache_does_not_have(cached_rows):
+    model, params = build()
+    variables = {"params": params, "cache": mj.init_cache(model.config, cached_rows)}
+    tokens = jnp.zeros((3 - cached_rows, 4), jnp.int32)
+    with pytest.raises(ValueError, match=f"but the cache has {cached_rows}"):
+        model.apply(variables, tokens, mutable=["cache"])

@@ -764,6 +764,29 @@ def test_a_cache_of_another_policy_is_refused(tiny_config, slots, policy):
     )
     leaf = jax.ShapeDtypeStruct((2, slots, 8), jnp.float32)
     lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
-    cache = {"lengths": lengths, "layers_0": {"attention": {"k": leaf, "v": leaf}}}
+    layer = {"attention": {"k": leaf, "v": leaf}}
+    cache = {"lengths": lengths, "layers_0": layer, "layers_1": layer}
+    message = "pass the policy that init_cache was given|it is a ring's and not for"
+    with pytest.raises(ValueError, match=message):
+        kv.check_cache(config, cache, policy)
+
+
+@pytest.mark.parametrize("change", [{"num_layers": 1}, {"head_dim": 4}])
+def test_a_cache_of_another_config_is_refused(tiny_config, change):
+    cache = kv.cache_shapes(tiny_config.replace(**change))
+    with pytest.raises(ValueError, match="cache: was made for another config"):
+        kv.check_cache(tiny_config, cache, mj.CachePolicy())
+
+
+def test_a_window_cache_too_small_for_a_ring_is_refused(tiny_config):
+    config = tiny_config.replace(sliding_window=12)
+    cache = kv.cache_shapes(config, 2, 8)
     with pytest.raises(ValueError, match="pass the policy that init_cache was given"):
-        kv.check_policy(config, cache, policy)
+        kv.check_cache(config, cache, kv.RING)
+
+
+def test_a_dead_cache_is_named(tiny_config):
+    cache = mj.init_cache(tiny_config, 1, 8)
+    mj.grow_cache(cache, 16)
+    with pytest.raises(ValueError, match="donated to an earlier call"):
+        mj.grow_cache(cache, 16)
