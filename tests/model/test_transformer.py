@@ -474,3 +474,13 @@ def test_a_document_far_into_a_pack_equals_itself_alone():
     packed = last(params, tokens, segment_ids)
     alone = last(params, tokens[:, -32:], np.ones((1, 32), np.int32))
     chex.assert_trees_all_close(packed, alone, atol=1e-5, rtol=0)
+
+
+def test_bfloat16_parameters_are_the_float32_ones_rounded():
+    """Sampled in bfloat16 they would have few distinct values and a biased mean."""
+    half, full = (
+        mj.init_params(mj.create_model(testing.tiny_config(param_dtype=dtype)))
+        for dtype in ("bfloat16", "float32")
+    )
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), full)
+    chex.assert_trees_all_equal(half, rounded)
