@@ -3,7 +3,9 @@
 The refusal names the numbers and a setting that fits by the same check.
 """
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 
@@ -13,7 +15,14 @@ from minillm_jax.cli.config_files import DecodeSettings
 from minillm_jax.config import ConfigError, Configs, ModelConfig
 from minillm_jax.planning import devices, memory
 
-SHORT_CONTEXT = 128
+# The least that a measurement asks for, where the settings ask for anything else.
+SHORT = {
+    "contexts": (128,),
+    "batch_size": 1,
+    "new_tokens": 32,
+    "prompt_tokens": 96,
+    "capacity": 128,
+}
 
 
 def check(config: ModelConfig, settings: DecodeSettings) -> memory.MemoryPlan:
@@ -62,24 +71,30 @@ def alternatives(
 
     All of them measure one short context.
     """
-    short = DecodeSettings(
-        batch_size=1, contexts=(SHORT_CONTEXT,), repeats=settings.repeats
-    )
-    flags = f"--config.decode.contexts={SHORT_CONTEXT}"
-    if settings.prompt_tokens or settings.capacity or settings.new_tokens != 32:
-        flags += f" (and prompt_tokens, capacity, new_tokens={short.new_tokens} unset)"
-    if settings.batch_size > 1:
-        flags += " --config.decode.batch_size=1"
+    changes = {
+        name: value
+        for name, value in SHORT.items()
+        if getattr(settings, name) not in (None, value)
+    }
+    short = dataclasses.replace(settings, **changes)
+    flags = _flags("decode", changes)
     try:
         decode_runs.shapes(config, short)
     except ConfigError:
         return
     yield flags, config, short
-    dtypes = dict.fromkeys(("dtype", "param_dtype", "cache_dtype"), "bfloat16")
-    half = " ".join(f"--config.model.{name}={value}" for name, value in dtypes.items())
-    yield f"{flags} {half}", config.replace(**dtypes), short
+    dtypes: dict[str, Any] = dict.fromkeys(
+        ("dtype", "param_dtype", "cache_dtype"), "bfloat16"
+    )
+    yield f"{flags} {_flags('model', dtypes)}", config.replace(**dtypes), short
     for layers in range(config.num_layers - 1, 0, -1):
         smaller = config.replace(num_layers=layers)
         yield f"{flags} --config.model.num_layers={layers}", smaller, short
     for name in reversed(Configs.names):
         yield f"--config={name} {flags}", Configs.by_name(name), short
+
+
+def _flags(section: str, changes: Mapping[str, Any]) -> str:
+    """The command line's words for fields of a section; a tuple has one element."""
+    plain = {n: v[0] if isinstance(v, tuple) else v for n, v in changes.items()}
+    return " ".join(f"--config.{section}.{n}={v}" for n, v in plain.items())

@@ -241,6 +241,13 @@ class ModelConfig:
         return cls(**values)
 
 
+def check_is_config(config: Any) -> None:
+    """Raises ConfigError for an argument that is no ModelConfig at all."""
+    if not isinstance(config, ModelConfig):
+        kind = type(config).__name__
+        raise ConfigError(f"config: must be a ModelConfig, not a {kind}")
+
+
 class Configs:
     """The presets, one function each; any field of one is a `replace` away."""
 

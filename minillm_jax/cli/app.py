@@ -25,12 +25,13 @@ class UserError(Exception):
     """A mistake in what the user gave, told in one line."""
 
 
+_PRESETS = ", ".join(Configs.names)
 _USER_ERRORS = (UserError, validation.ConfigError, CacheOverflowError)
 
 
 def run(main: Callable[[Any], None]) -> None:
     """Parses the command line and calls `main` with the config; exits."""
-    help_text = "A config file, or a preset: " + ", ".join(Configs.names)
+    help_text = f"A config file, or a preset: {_PRESETS}"
     flag = config_flags.DEFINE_config_file("config", None, help_text)
 
     def checked(argv: Sequence[str]) -> None:
@@ -70,7 +71,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
 def _no_config() -> str:
     if flags.FLAGS["config"].present:
         return "the config file's get_config() returns None; return the config"
-    return f"--config is missing: a file, or one of {', '.join(Configs.names)}"
+    return f"--config is missing: a file, or one of {_PRESETS}"
 
 
 def _resolve_config(argv: list[str]) -> tuple[list[str], str | None]:
@@ -91,9 +92,8 @@ def _resolve_config(argv: list[str]) -> tuple[list[str], str | None]:
     path = value.split(":", 1)[0]
     if not os.path.isfile(path):
         hint = validation.did_you_mean(value, Configs.names)
-        presets = ", ".join(Configs.names)
         raise UserError(
-            f"--config={value}: no such file, nor a preset ({presets}){hint}"
+            f"--config={value}: no such file, nor a preset ({_PRESETS}){hint}"
         )
     return argv, path
 
@@ -124,7 +124,7 @@ def _unknown_field(argv: Sequence[str], error: BaseException) -> str | None:
         known += [field.name for field in dataclasses.fields(section)]
     for flag in (arg.split("=", 1)[0] for arg in argv if arg.startswith("--config.")):
         for name in flag.split(".")[1:]:
-            if f"'{name}'" in str(error.args[0]) or f"'{name}" in str(error):
+            if f"'{name}" in str(error):
                 new = LEGACY_NAMES.get(name)
                 hint = f"; write {new}" if new else validation.did_you_mean(name, known)
                 return f"{flag}: there is no {name}{hint}"

@@ -31,7 +31,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from minillm_jax import validation
-from minillm_jax.config import MAX_POSITIONS, ConfigError, ModelConfig
+from minillm_jax.config import MAX_POSITIONS, ConfigError, ModelConfig, check_is_config
 
 Cache = Mapping[str, Any]
 MAX_ROWS = 2**20
@@ -123,10 +123,7 @@ def check_cache(config: ModelConfig, cache: Cache, policy: CachePolicy) -> None:
 
 
 def _check_types(config: Any, policy: Any) -> None:
-    if not isinstance(config, ModelConfig):
-        raise ConfigError(
-            f"config: must be a ModelConfig, not a {type(config).__name__}"
-        )
+    check_is_config(config)
     if not isinstance(policy, CachePolicy):
         raise ConfigError(f"policy={policy!r}: must be a CachePolicy, such as {RING!r}")
 
@@ -159,8 +156,7 @@ def token_capacity(config: ModelConfig, cache: Cache, policy: CachePolicy) -> in
     if policy.overflow == "ring":
         return MAX_POSITIONS
     slots = max(leaf.shape[-2] for leaf in _leaves(cache))
-    local = config.sliding_window
-    if local is not None and slots >= local + config.prefill_chunk - 1:
+    if slot_rule(config, slots, policy).wraps:
         return max(slots, config.max_kv_cache_len)
     return slots
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from minillm_jax.config import ConfigError, ModelConfig
+from minillm_jax.config import ModelConfig, check_is_config
 from minillm_jax.model import cache as kv
 from minillm_jax.model import layers, rope
 from minillm_jax.model.attention import Attention, Places, Span
@@ -189,9 +189,7 @@ class MiniLLM(nn.Module):
 
 def create_model(config: ModelConfig) -> MiniLLM:
     """The Linen module of a config; its dtypes "auto" become the default backend's."""
-    if not isinstance(config, ModelConfig):
-        kind = type(config).__name__
-        raise ConfigError(f"config: must be a ModelConfig, not a {kind}")
+    check_is_config(config)
     return MiniLLM(config.resolve(jax.default_backend()))
 
 

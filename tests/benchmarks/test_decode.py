@@ -1,5 +1,6 @@
 """The decode benchmark from end to end, and its refusals."""
 
+import dataclasses
 import json
 import pathlib
 import subprocess
@@ -152,3 +153,29 @@ def test_compile_seconds_counts_compilations_only():
         again = second()
     assert compiled > 0
     assert again == 0
+
+
+def test_advice_can_be_pasted_whatever_the_settings_were(monkeypatch):
+    limit = 3 * 10**9 + measure.PROBE_BYTES
+    monkeypatch.setattr(fit.devices, "available_bytes", lambda device: limit)
+    given = [
+        "--config.decode.contexts=4096",
+        "--config.decode.new_tokens=64",
+        "--config.decode.batch_size=4",
+    ]
+    model, settings = overridden("large", given)
+    settings = dataclasses.replace(settings, capacity=8192)
+    with pytest.raises(app.UserError) as refusal:
+        fit.check(model, settings)
+    advice = str(refusal.value).split("GB: ")[1].split()
+    assert all(word.startswith("--config") for word in advice)
+    fields = {w.split("=")[0].split(".")[-1]: w.split("=")[1] for w in advice}
+    assert (
+        fields.items()
+        >= {
+            "contexts": "128",
+            "new_tokens": "32",
+            "batch_size": "1",
+            "capacity": "128",
+        }.items()
+    )
