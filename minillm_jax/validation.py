@@ -245,6 +245,19 @@ def _to_ints(value: Any) -> tuple[int, ...]:
     return tuple(_to_int(item) for item in items)
 
 
+def _to_strings(value: Any) -> tuple[str, ...]:
+    items = value if isinstance(value, (list, tuple)) else (value,)
+    if not all(isinstance(item, str) and item for item in items):
+        raise ValueError("must be a non-empty string, or several")
+    return tuple(items)
+
+
+def _to_weights(value: Any) -> dict[int, float]:
+    if not isinstance(value, Mapping):
+        raise ValueError("must be a mapping of ids to numbers")
+    return {_to_int(key): _to_float(number) for key, number in value.items()}
+
+
 def _to_dataclass(cls: Any, value: Any) -> Any:
     if isinstance(value, cls):
         return value
@@ -259,4 +272,6 @@ _CONVERTERS: dict[Any, Callable[[Any], Any]] = {
     bool: _to_bool,
     str: _to_name,
     tuple[int, ...]: _to_ints,
+    tuple[str, ...]: _to_strings,
+    Mapping[int, float]: _to_weights,
 }

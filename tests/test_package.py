@@ -19,7 +19,12 @@ LAYERS = (
     ("planning.costs", "model.rope", "model.layers", "model.cache"),
     ("model.attention",),
     ("model.transformer",),
+    ("text.tokenizer", "decoding.sampling"),
+    ("text.streaming",),
     ("decoding.decode",),
+    ("decoding.requests", "decoding.executables"),
+    ("decoding.stream",),
+    ("decoding.generator",),
     ("planning",),
     ("cli",),
 )

@@ -2,14 +2,15 @@
 
 `prefill` and `decode_step` are the simple entrances: they read `cache["lengths"]` (one
 small wait a call), check what the caller gave, and call a jitted function that donates
-the cache. `decode_chunk` is the inner loop itself, unchecked: a caller that keeps its
-own count of tokens never waits for the device.
+the cache. `prefill_chunk`, `first_tokens` and `decode_rows` are what a Generator calls,
+unchecked: it keeps its own count of tokens and never waits for the device.
+`decode_chunk` is the same token loop without requests.
 
 Axes: B batch, T query length, V vocab.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from minillm_jax.config import ModelConfig
+from minillm_jax.decoding import sampling
 from minillm_jax.model import cache as kv
 from minillm_jax.model.transformer import MiniLLM
 
@@ -73,51 +75,71 @@ def prefill(
     )
     shape = (tokens.shape[0], model.config.vocab_size)
     logits: Any = np.zeros(shape, np.float32)
-    start = 0
-    while start < max(longest, 1):  # once at least, so that the result is always alike
-        size = _chunk_size(model.config, longest - start)
-        chunk = _cut(tokens, start, size)
-        logits, cache = _prefill_chunk(
-            model, params, cache, logits, chunk, lengths - start, policy=policy
+    for chunk, left in prompt_chunks(model.config, tokens, lengths, longest):
+        logits, cache = prefill_chunk(
+            model, params, cache, logits, chunk, left, policy=policy
         )
-        start += size
     return logits, dict(cache)
 
 
-def _chunk_size(config: ModelConfig, remaining: int) -> int:
-    """The smallest chunk that holds what remains, or the largest there is."""
-    sizes = chunk_sizes(config)
-    return min((size for size in sizes if size >= remaining), default=sizes[0])
+def prompt_chunks(
+    config: ModelConfig, tokens: Any, lengths: Any, longest: int
+) -> Iterator[tuple[Any, Any]]:
+    """Arguments `tokens` and `lengths` of the prefill chunks that a prompt takes.
 
-
-def _cut(tokens, start: int, size: int):
-    """Columns `start` to `start + size`, padded with 0.
-
-    On the host, outside a trace: there JAX would compile a slice for every new length.
+    Each chunk is the smallest that holds what is left of the `longest` row, or the
+    largest there is; one at least, so that the result is always alike.
     """
+    sizes, start = chunk_sizes(config), 0
+    # On the host, outside a trace: JAX would compile a slice for every new length.
     xp = np if isinstance(tokens, np.ndarray) else jnp
-    chunk = tokens[:, start : start + size]
-    return xp.pad(chunk, ((0, 0), (0, size - chunk.shape[1])))
+    while start < max(longest, 1):
+        size = min((s for s in sizes if s >= longest - start), default=sizes[0])
+        chunk = tokens[:, start : start + size]
+        yield xp.pad(chunk, ((0, 0), (0, size - chunk.shape[1]))), lengths - start
+        start += size
 
 
 @functools.partial(
     jax.jit, static_argnames=("model", "policy"), donate_argnames=("cache", "logits")
 )
-def _prefill_chunk(model, params, cache, logits, tokens, lengths, *, policy):
-    """One chunk; `logits` keeps, per row, those of its last valid token so far."""
+def prefill_chunk(
+    model: MiniLLM,
+    params: Params,
+    cache: kv.Cache,
+    logits: Float[HostOrDevice, "B V"],
+    tokens: Int[HostOrDevice, "B T"],
+    lengths: Int[HostOrDevice, " B"],
+    *,
+    policy: kv.CachePolicy = kv.CachePolicy(),
+) -> tuple[Float[Array, "B V"], dict[str, Any]]:
+    """Appends one chunk of each row's prompt; `cache` and `logits` are donated.
+
+    Args:
+      model: from `create_model`.
+      params: the inner tree.
+      cache: what is before the chunk.
+      logits: of each row's last valid token so far.
+      tokens: the chunk.
+      lengths: tokens of each row from this chunk on; 0 and less = none.
+      policy: what the cache was made with. Static.
+
+    Returns:
+      `logits` after this chunk, and the cache. Nothing is checked.
+    """
     counts = jnp.clip(lengths, 0, tokens.shape[1])
-    variables = {"params": params, "cache": cache}
-    (x, counts), updated = model.apply(
-        variables,
+    outputs: Any = model.apply(
+        {"params": params, "cache": cache},
         tokens,
         lengths=counts,
         policy=policy,
         mutable=["cache"],
         method="hidden",
     )
+    (x, counts), updated = outputs
     last = jnp.maximum(counts - 1, 0)
     x = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
-    new = model.apply({"params": params}, x, method="unembed")
+    new: Any = model.apply({"params": params}, x, method="unembed")
     return jnp.where(counts[:, None] > 0, new, logits), updated["cache"]
 
 
@@ -195,7 +217,6 @@ def decode_chunk(
 ) -> DecodeChunk:
     """Greedy decode, `steps` tokens in one executable; the cache is donated.
 
-    The trip count is static: XLA enqueues the loop on a GPU without asking the host.
     Rows finish, and are masked from then on, at an EOS token or when prompt and
     generated tokens fill the cache. Nothing is checked.
 
@@ -208,30 +229,84 @@ def decode_chunk(
       steps: tokens to decode. Static.
       policy: what the cache was made with. Static.
     """
-    ends = jnp.asarray(model.config.eos_token_ids or (-1,), jnp.int32)
+    config = model.config
+    rows = sampling.greedy_rows(config.eos_token_ids, len(tokens), config.vocab_size)
+    progress = sampling.start(rows)._replace(
+        tokens=jnp.asarray(tokens, jnp.int32), active=jnp.asarray(active)
+    )
+    sampled, progress, cache = _decode_scan(
+        model, params, cache, progress, rows, steps, policy
+    )
+    return DecodeChunk(sampled.tokens, progress.tokens, progress.active, dict(cache))
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("model", "steps", "policy"),
+    donate_argnames=("cache", "progress"),
+)
+def decode_rows(
+    model: MiniLLM,
+    params: Params,
+    cache: kv.Cache,
+    progress: sampling.Progress,
+    rows: sampling.Rows,
+    going_on: Bool[HostOrDevice, " B"],
+    *,
+    steps: int,
+    policy: kv.CachePolicy = kv.CachePolicy(),
+) -> tuple[sampling.Sampled, sampling.Progress, dict[str, Any]]:
+    """`decode_chunk` for requests: greedy or sampling, with budgets and stop ids.
+
+    Args:
+      model: from `create_model`.
+      params: the inner tree.
+      cache: holds everything but `progress.tokens`.
+      progress: how far each row is.
+      rows: what each was asked for.
+      going_on: False for rows that the caller has ended.
+      steps: tokens to decode. Static.
+      policy: what the cache was made with. Static.
+
+    Returns:
+      What was sampled, `[B, steps, ...]`, the new progress, and the cache.
+    """
+    active = progress.active & going_on
+    progress = progress._replace(active=active)
+    return _decode_scan(model, params, cache, progress, rows, steps, policy)
+
+
+def _decode_scan(model, params, cache, progress, rows, steps: int, policy):
+    """The token loop; its trip count is static.
+
+    XLA enqueues such a loop on a GPU without asking the host in between.
+    """
     capacity = kv.token_capacity(model.config, cache, policy)
 
-    def has_room(cache):  # for `tokens`, which are not in the cache yet, and one more
-        return cache["lengths"] + 2 <= capacity
+    def with_room(progress, cache):  # for `tokens`, which are not in it yet, and one
+        room = cache["lengths"] + 2 <= capacity
+        return progress._replace(active=progress.active & room)
 
-    def step(carry: tuple[Any, Any, Any], _: None):
-        cache, tokens, active = carry
-        counts = active.astype(jnp.int32)
-        logits, cache = _step(model, params, cache, tokens, counts, policy)
-        with jax.named_scope("sample"):
-            best = jnp.argmax(logits, axis=-1).astype(tokens.dtype)
-            tokens = jnp.where(active, best, tokens)
-        sampled = jnp.where(active, tokens, -1)
-        going = has_room(cache) & ~jnp.isin(tokens, ends)
-        return (cache, tokens, active & going), sampled
+    def step(carry: tuple[Any, Any], _: None):
+        cache, progress = carry
+        counts = progress.active.astype(jnp.int32)
+        logits, cache = _step(model, params, cache, progress.tokens, counts, policy)
+        sampled, progress = sampling.choose(logits, progress, rows)
+        return (cache, with_room(progress, cache)), sampled
 
-    carry: tuple[Any, Any, Any] = (
-        dict(cache),
-        jnp.asarray(tokens, jnp.int32),
-        jnp.asarray(active) & has_room(cache),
-    )
-    last, sampled = jax.lax.scan(step, carry, length=steps)
-    return DecodeChunk(sampled.T, tokens=last[1], active=last[2], cache=last[0])
+    carry: tuple[Any, Any] = (dict(cache), with_room(progress, cache))
+    (cache, progress), sampled = jax.lax.scan(step, carry, length=steps)
+    sampled = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), sampled)
+    return sampled, progress, cache
+
+
+@functools.partial(jax.jit, donate_argnames=("progress",))
+def first_tokens(
+    logits: Float[Array, "B V"], progress: sampling.Progress, rows: sampling.Rows
+) -> tuple[sampling.Sampled, sampling.Progress]:
+    """The tokens behind a prefill, as a chunk of one step gives them."""
+    sampled, progress = sampling.choose(logits, progress, rows)
+    return jax.tree.map(lambda x: x[:, None], sampled), progress
 
 
 def check_tokens(config: ModelConfig, tokens: np.ndarray) -> None:

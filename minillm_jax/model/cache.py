@@ -385,12 +385,17 @@ def grow_cache(
             )
         if longest > slots:
             return leaf
-        added = [(0, 0)] * (leaf.ndim - 2) + [(0, wanted - slots), (0, 0)]
-        grown = jax.block_until_ready(jnp.pad(leaf, added))
+        grown = jax.block_until_ready(padded(leaf, wanted))
         leaf.delete()
         return grown
 
     return jax.tree.map(grow, dict(cache))
+
+
+def padded(leaf: Float[Array, "*B K S H"], slots: int) -> Float[Array, "*B K slots H"]:
+    """A leaf with empty slots behind its own, `slots` in all."""
+    added = [(0, 0)] * (leaf.ndim - 2) + [(0, slots - leaf.shape[-2]), (0, 0)]
+    return jnp.pad(leaf, added)
 
 
 def _leaves(cache: Cache) -> list[Any]:

@@ -7,10 +7,13 @@ Axes: B batch, T query length, D model dim, V vocab.
 """
 
 import functools
+import weakref
 import zlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
@@ -209,7 +212,22 @@ def init_params(model: MiniLLM, seed: int = 0) -> dict[str, Any]:
         name = path[-1].key
         return _init_leaf(leaf_key, name, model.config, shape.shape, shape.dtype)
 
-    return jax.tree_util.tree_map_with_path(leaf, shapes["params"])
+    params = jax.tree_util.tree_map_with_path(leaf, shapes["params"])
+    embedding = params["embedding"]
+    if not isinstance(embedding, jax.core.Tracer):
+        _random_embeddings[id(embedding)] = embedding
+    return params
+
+
+# Weak: an entry goes when its array does, before another can have its id.
+_random_embeddings: weakref.WeakValueDictionary[int, jax.Array]
+_random_embeddings = weakref.WeakValueDictionary()
+
+
+def are_random(params: Mapping[str, Any]) -> bool:
+    """Whether `init_params` made these very arrays: nothing has trained them."""
+    embedding = params["embedding"]
+    return _random_embeddings.get(id(embedding)) is embedding
 
 
 @functools.partial(jax.jit, static_argnames=("name", "config", "shape", "dtype"))

@@ -32,7 +32,7 @@ def test_the_plan_holds_what_the_compiler_takes(batch_size):
     logits = jax.ShapeDtypeStruct((batch_size, config.vocab_size), jnp.float32)
     tokens = jax.ShapeDtypeStruct((batch_size, config.prefill_chunk), jnp.int32)
     lengths = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
-    chunk = decode._prefill_chunk.lower(
+    chunk = decode.prefill_chunk.lower(
         model, params, cache, logits, tokens, lengths, policy=mj.CachePolicy()
     )
     measured = chunk.compile().memory_analysis()

@@ -1,0 +1,130 @@
+"""Tokens to text as they come: whole characters only, and nothing past a stop string.
+
+A character may be spread over tokens, and a stop string over many: text is released
+once nothing that follows can change it. What is released depends on the tokens alone,
+not on how they arrive, so streamed and collected text are the same.
+"""
+
+from collections.abc import Sequence
+
+from minillm_jax.text.tokenizer import Tokenizer
+
+REPLACEMENT = "\ufffd"  # what decoders write for bytes that are no character (yet)
+LONGEST = 4  # bytes of a character in UTF-8
+PATIENCE = 16  # tokens without a character, after which some are surely broken
+
+
+class Detokenizer:
+    """Incremental `tokenizer.decode`, in windows of a few tokens.
+
+        tokens of the window     [ shown | new ]      `shown` only gives context: how a
+        decode(shown + new)      "...the| cat"        token reads may depend on the one
+                                         ^ released   before it
+
+    The pieces add up to `tokenizer.decode` of all tokens wherever that works through
+    bytes from left to right.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._decode = tokenizer.decode
+        self._window: list[int] = []
+        self._num_shown = 0
+        self._shown = ""  # decode(window[:num_shown])
+
+    def push(self, token: int) -> str:
+        """The text that `token` completes; "" while a character is not whole."""
+        self._window.append(token)
+        text = self._decode(self._window)
+        if text.endswith(REPLACEMENT):
+            waiting = len(self._window) - self._num_shown
+            return self._release_broken(text) if waiting > PATIENCE else ""
+        released = text[len(self._shown) :]
+        if released:
+            self._window = self._window[self._num_shown :]
+            self._num_shown = len(self._window)
+            self._shown = self._decode(self._window)
+        return released
+
+    def flush(self) -> str:
+        """What has been held back; the tokens are over."""
+        released = self._decode(self._window)[len(self._shown) :]
+        self._window, self._num_shown, self._shown = [], 0, ""
+        return released
+
+    def _release_broken(self, text: str) -> str:
+        """All but the last tokens, if the text falls apart in two before them."""
+        for length in range(1, LONGEST + 1):
+            head = self._decode(self._window[:-length])
+            if head + self._decode(self._window[-length:]) == text:
+                released = head[len(self._shown) :]
+                self._window, self._num_shown = self._window[-length:], 0
+                self._shown = ""
+                return released
+        return ""
+
+
+class StopStrings:
+    """Text up to the first stop string to be completed, which is not part of it."""
+
+    def __init__(self, stop: Sequence[str]):
+        self._stop = tuple(stop)
+        self._held = ""  # may be the beginning of a stop string
+        self.stopped = False
+
+    def push(self, text: str) -> str:
+        """The text that is certain to come before any stop string."""
+        if self.stopped:
+            return ""
+        held = self._held + text
+        # Ties go to the longest. Character by character, so that what comes at once
+        # does not matter: "abc" with the stops "abc" and "b" ends at "b".
+        ends = [
+            (held.find(stop) + len(stop), -len(stop))
+            for stop in self._stop
+            if stop in held
+        ]
+        if ends:
+            end, length = min(ends)
+            self.stopped, self._held = True, ""
+            return held[: end + length]
+        keep = self._longest_beginning(held)
+        self._held = held[len(held) - keep :]
+        return held[: len(held) - keep]
+
+    def flush(self) -> str:
+        """What has been held back; the text is over."""
+        held, self._held = self._held, ""
+        return held
+
+    def _longest_beginning(self, text: str) -> int:
+        """Characters at the end of `text` that begin a stop string."""
+        longest = max((len(stop) for stop in self._stop), default=1) - 1
+        for length in range(min(longest, len(text)), 0, -1):
+            if any(stop.startswith(text[-length:]) for stop in self._stop):
+                return length
+        return 0
+
+
+class TextStream:
+    """One row's text: a Detokenizer, then StopStrings."""
+
+    def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str] = ()):
+        self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
+        self._stop = StopStrings(stop)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string was completed."""
+        return self._stop.stopped
+
+    def push(self, token: int) -> str:
+        """Text that is released by `token`; "" without a tokenizer."""
+        if self._detokenizer is None:
+            return ""
+        return self._stop.push(self._detokenizer.push(token))
+
+    def flush(self) -> str:
+        """Text that was held back, as far as it comes before a stop string."""
+        if self._detokenizer is None:
+            return ""
+        return self._stop.push(self._detokenizer.flush()) + self._stop.flush()
