@@ -38,14 +38,7 @@ def check(config: ModelConfig, settings: DecodeSettings) -> memory.MemoryPlan:
         if other.fits:
             advice = f"this fits, with {other.total_bytes / 1e9:.1f} GB: {flags}"
             break
-    raise UserError(
-        f"does not fit: weights {plan.weights_bytes / 1e9:.1f} GB, cache "
-        f"{plan.cache_bytes / 1e9:.1f} GB, activations "
-        f"{plan.activation_bytes / 1e9:.1f} GB, copies in another dtype "
-        f"{plan.conversion_bytes / 1e9:.1f} GB; in all {plan.total_bytes / 1e9:.1f} GB "
-        f"with the runtime, but {max(limit, 0) / 1e9:.1f} GB are available on "
-        f"{devices.device_name(device)}; {advice}"
-    )
+    raise UserError(f"{plan.refusal(devices.device_name(device))}; {advice}")
 
 
 def plan_for(

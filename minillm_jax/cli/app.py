@@ -19,6 +19,7 @@ from minillm_jax import validation
 from minillm_jax.cli import config_files, preset_file
 from minillm_jax.config import LEGACY_NAMES, Configs, ModelConfig
 from minillm_jax.model.cache import CacheOverflowError
+from minillm_jax.text.tokenizer import TokenizerError
 
 
 class UserError(Exception):
@@ -26,7 +27,10 @@ class UserError(Exception):
 
 
 _PRESETS = ", ".join(Configs.names)
-_USER_ERRORS = (UserError, validation.ConfigError, CacheOverflowError)
+_USER_ERRORS = (
+    *(UserError, validation.ConfigError),
+    *(CacheOverflowError, TokenizerError),
+)
 
 
 def run(main: Callable[[Any], None]) -> None:
@@ -45,9 +49,17 @@ def run(main: Callable[[Any], None]) -> None:
             _exit(str(error))
         except KeyboardInterrupt:
             sys.exit(130)
+        except BrokenPipeError:  # whoever read the output has left
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
 
     # absl shows every INFO line of JAX, such as the backends that are not there.
     logging.getLogger("jax").setLevel(logging.WARNING)
+    notes = logging.StreamHandler()
+    notes.setFormatter(logging.Formatter(f"{_program()}: %(message)s"))
+    library = logging.getLogger("minillm_jax")
+    library.addHandler(notes)
+    library.propagate = False
     app.run(checked, flags_parser=_parse)
 
 
@@ -136,6 +148,9 @@ def _text(error: BaseException) -> str:
 
 
 def _exit(message: str) -> NoReturn:
-    program = os.path.basename(sys.argv[0]).removesuffix(".py")
-    print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{_program()}: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
+
+
+def _program() -> str:
+    return os.path.basename(sys.argv[0]).removesuffix(".py")

@@ -237,7 +237,8 @@ def decode_chunk(
     sampled, progress, cache = _decode_scan(
         model, params, cache, progress, rows, steps, policy
     )
-    return DecodeChunk(sampled.tokens, progress.tokens, progress.active, dict(cache))
+    going_on = progress.active & _has_room(config, cache, policy)
+    return DecodeChunk(sampled.tokens, progress.tokens, going_on, cache)
 
 
 @functools.partial(
@@ -281,23 +282,25 @@ def _decode_scan(model, params, cache, progress, rows, steps: int, policy):
 
     XLA enqueues such a loop on a GPU without asking the host in between.
     """
-    capacity = kv.token_capacity(model.config, cache, policy)
-
-    def with_room(progress, cache):  # for `tokens`, which are not in it yet, and one
-        room = cache["lengths"] + 2 <= capacity
-        return progress._replace(active=progress.active & room)
 
     def step(carry: tuple[Any, Any], _: None):
         cache, progress = carry
-        counts = progress.active.astype(jnp.int32)
+        active = progress.active & _has_room(model.config, cache, policy)
+        counts = active.astype(jnp.int32)
         logits, cache = _step(model, params, cache, progress.tokens, counts, policy)
+        progress = progress._replace(active=active)
         sampled, progress = sampling.choose(logits, progress, rows)
-        return (cache, with_room(progress, cache)), sampled
+        return (cache, progress), sampled
 
-    carry: tuple[Any, Any] = (dict(cache), with_room(progress, cache))
+    carry: tuple[Any, Any] = (dict(cache), progress)
     (cache, progress), sampled = jax.lax.scan(step, carry, length=steps)
     sampled = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), sampled)
     return sampled, progress, cache
+
+
+def _has_room(config: ModelConfig, cache, policy: kv.CachePolicy):
+    """Rows that can take their last token, not in the cache yet, and one more."""
+    return cache["lengths"] + 2 <= kv.token_capacity(config, cache, policy)
 
 
 @functools.partial(jax.jit, donate_argnames=("progress",))

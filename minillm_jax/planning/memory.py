@@ -41,6 +41,20 @@ class MemoryPlan:
         """Whether the total keeps the limit."""
         return self.total_bytes <= self.limit_bytes
 
+    def refusal(self, device: str) -> str:
+        """Why it does not fit, for the user of a command line."""
+        return (
+            f"does not fit: weights {_gb(self.weights_bytes)}, cache "
+            f"{_gb(self.cache_bytes)}, activations {_gb(self.activation_bytes)}, "
+            f"copies in another dtype {_gb(self.conversion_bytes)}; in all "
+            f"{_gb(self.total_bytes)} with the runtime, but "
+            f"{_gb(max(self.limit_bytes, 0))} are available on {device}"
+        )
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.1f} GB"
+
 
 def plan_decode(
     config: ModelConfig,

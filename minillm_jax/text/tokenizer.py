@@ -55,7 +55,7 @@ class ByteTokenizer:
     def encode_chat(self, messages: Messages) -> list[int]:
         """`role: content` lines, and the assistant's turn begun."""
         lines = [f"{message['role']}: {message['content']}\n" for message in messages]
-        return self.encode("".join(lines) + "assistant:")
+        return self.encode("".join(lines) + "assistant: ")
 
 
 class FileTokenizer:
