@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from benchmarks import decode_runs, fit, measure, report
+from minillm_jax import progress
 from minillm_jax.cli import app, config_files
 from minillm_jax.model import transformer
 from minillm_jax.planning import costs, devices
@@ -31,13 +32,11 @@ def benchmark(config: Any) -> dict[str, Any]:
     fit.check(model.config, settings)
 
     results: list[dict[str, Any]] = []
-    with report.stages("weights", 1 + 3 * len(shapes)) as bar:
+    with progress.bar("weights", 1 + 3 * len(shapes)) as bar:
 
-        def progress(stage: str) -> None:
+        def stage(name: str) -> None:
             shown = shapes[min(len(results), len(shapes) - 1)]
-            bar.update(
-                bar.task_ids[0], advance=1, description=f"{shown.context}: {stage}"
-            )
+            progress.advance(bar, f"{shown.context}: {name}")
 
         bandwidth = measure.Bandwidth()
         params = jax.block_until_ready(transformer.init_params(model))
@@ -50,7 +49,7 @@ def benchmark(config: Any) -> dict[str, Any]:
                     repeats=settings.repeats,
                     compare_no_cache=settings.compare_no_cache,
                     bandwidth=bandwidth,
-                    progress=progress,
+                    progress=stage,
                 )
             )
     sections = {

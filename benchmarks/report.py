@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from rich import console, progress, table
+from rich import console, table
 
 from minillm_jax.cli.app import UserError
 from minillm_jax.planning import devices
@@ -26,21 +26,6 @@ def header(benchmark: str, config: dict[str, Any]) -> dict[str, Any]:
         "device": {"platform": device.platform, "name": devices.device_name(device)},
         "versions": devices.versions(),
     }
-
-
-def stages(description: str, total: int) -> progress.Progress:
-    """A progress bar on stderr, drawn on a terminal only."""
-    bar = progress.Progress(
-        progress.TextColumn("{task.description}"),
-        progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        progress.TimeElapsedColumn(),
-        console=console.Console(stderr=True),
-        transient=True,
-        disable=not sys.stderr.isatty(),
-    )
-    bar.add_task(description, total=total)
-    return bar
 
 
 # Columns of the decode table: heading, and the cell of a result.

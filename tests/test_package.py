@@ -14,7 +14,7 @@ ROOT = pathlib.Path(mj.__file__).parent
 # The longest entry that names it, or a folder that it is in, counts: a new module needs
 # a place here. An `__init__` only hands on names of its own folder.
 LAYERS = (
-    ("validation",),
+    ("validation", "progress"),
     ("config",),
     ("planning.costs", "model.rope", "model.layers", "model.cache"),
     ("model.attention",),

@@ -1,21 +1,42 @@
 """The README's Python is run as it stands, and its preset table compared."""
 
+import collections
 import pathlib
 import re
 
 import minillm_jax as mj
+from minillm_jax import testing
+from minillm_jax.decoding import generator as generators
 
 README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
 
 
 def test_the_python_of_the_readme_runs():
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert len(blocks) == 2
+    assert len(blocks) == 4
     names = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
     assert names["logits"].shape == (1, 10, 32000)
     assert names["cache"]["lengths"].tolist() == [15]
+    assert [len(completion.tokens) for completion in names["out"]] == [16, 16]
+    assert names["piece"].finish_reason is not None
+
+
+def test_a_generator_of_small_has_as_many_executables_as_the_readme_says(tiny_params):
+    small = mj.Configs.small()
+    names = ("max_seq_len", "max_kv_cache_len", "prefill_chunk")
+    same = {name: getattr(small, name) for name in names}
+    model = mj.create_model(testing.tiny_config(**same))
+    generator = mj.Generator(model, tiny_params)
+    jobs = generator._run.everything(1, generator.capacities, generators.CHUNKS)
+    found = collections.Counter(job.func.__name__ for job in jobs)
+    told = {}
+    for names, counts in re.findall(
+        r"^\| (`[^|]*) \|[^|]*\| ([\d, ]+) \|$", README, re.M
+    ):
+        told |= zip(re.findall(r"`(\w+)`", names), counts.split(", "), strict=True)
+    assert {name: int(count) for name, count in told.items()} == found
 
 
 def test_the_preset_table_of_the_readme_is_that_of_the_code():

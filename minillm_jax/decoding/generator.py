@@ -2,14 +2,12 @@
 
 import contextlib
 import logging
-import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from rich import console, progress
 
-from minillm_jax import validation
+from minillm_jax import progress, validation
 from minillm_jax.decoding import decode, requests, sampling
 from minillm_jax.decoding.executables import Executables
 from minillm_jax.decoding.requests import Completion, Prompt
@@ -19,7 +17,8 @@ from minillm_jax.model import cache as kv
 from minillm_jax.model import transformer
 from minillm_jax.text.tokenizer import Tokenizer
 
-SHORT, LONG = 4, 16  # steps of a decode chunk, when streaming and otherwise
+SHORT, LONG = 4, 16  # steps of a decode chunk
+STREAMED, CHUNKS = (SHORT,), (SHORT, LONG)  # what a stream uses, and what `generate`
 SMALLEST = 256  # tokens of the smallest cache: below, the cost is the weights'
 
 _log = logging.getLogger("minillm_jax")
@@ -52,6 +51,11 @@ class Generator:
     ):
         policy = kv.CachePolicy(overflow=overflow, num_sinks=num_sinks)
         kv.cache_shapes(model.config, policy=policy)  # raises where they do not match
+        if "embedding" not in params:
+            raise validation.ConfigError(
+                "params: must be the inner tree, such as init_params gives; from the "
+                "variables of a Linen module that is variables['params']"
+            )
         self.model, self.tokenizer, self.policy = model, tokenizer, policy
         self._run = Executables(model, params, policy)
         self._known = self._run.put(_known_ids(tokenizer, model.config.vocab_size))
@@ -76,8 +80,7 @@ class Generator:
         """
         if isinstance(prompts, (list, tuple)) and not prompts:
             return []
-        chunks = (SHORT, LONG)
-        with self._start(prompts, max_new_tokens, sampling, chunks) as pieces:
+        with self._start(prompts, max_new_tokens, sampling, CHUNKS) as pieces:
             for _ in pieces:
                 pass
             return pieces.completions
@@ -101,7 +104,7 @@ class Generator:
           sampling: for all of them, or one for each.
           session: keeps the cache of one prompt for the next that begins alike.
         """
-        return self._start(prompts, max_new_tokens, sampling, (SHORT,), session)
+        return self._start(prompts, max_new_tokens, sampling, STREAMED, session)
 
     def _start(
         self,
@@ -123,6 +126,10 @@ class Generator:
         if session is not None and len(asked) != 1:
             raise validation.ConfigError(
                 f"session: keeps the cache of one prompt, not of {len(asked)}"
+            )
+        if session is not None and session.owner not in (None, self._run):
+            raise validation.ConfigError(
+                "session: belongs to another Generator; make a new one for this"
             )
         arrays = sampling.rows(
             [request.params for request in asked],
@@ -181,20 +188,21 @@ class Generator:
         Returns:
           Seconds by executable, of those that were not there yet.
         """
-        before = self.compile_seconds
+        before = done = self.compile_seconds
         bounds = validation.Range(1, kv.MAX_ROWS)
         sizes = [validation.whole_number("batch_sizes", b, bounds) for b in batch_sizes]
         jobs = [
             job
             for size in sizes
-            for job in self._run.everything(size, self.capacities, (SHORT, LONG))
+            for job in self._run.everything(size, self.capacities, CHUNKS)
         ]
-        with _bar(len(jobs)) as bar:
+        with progress.bar("compiling", len(jobs)) as bar:
             for job in jobs:
                 job()
-                bar.advance(bar.task_ids[0])
-        new = self.compile_seconds
-        return {name: new[name] for name in new if name not in before}
+                done = self.compile_seconds
+                name = next(reversed(done))
+                progress.advance(bar, f"compiled {name} in {done[name]:.1f} s")
+        return {name: done[name] for name in done if name not in before}
 
 
 def _known_ids(tokenizer: Tokenizer | None, vocab_size: int) -> np.ndarray:
@@ -205,17 +213,3 @@ def _known_ids(tokenizer: Tokenizer | None, vocab_size: int) -> np.ndarray:
     known = np.zeros(vocab_size, bool)
     known[[i for i in ids if i < vocab_size]] = True
     return known
-
-
-def _bar(total: int) -> progress.Progress:
-    """A progress bar on stderr, drawn on a terminal only."""
-    bar = progress.Progress(
-        progress.TextColumn("{task.description}"),
-        progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        progress.TimeElapsedColumn(),
-        console=console.Console(stderr=True),
-        disable=not sys.stderr.isatty(),
-    )
-    bar.add_task("compiling", total=total)
-    return bar

@@ -37,6 +37,7 @@ class Session:
     tokens: list[int] = dataclasses.field(default_factory=list)  # prompt and completion
     cache: dict[str, Any] | None = None
     capacity: int = 0  # tokens the cache is large enough for
+    owner: Executables | None = None  # of the Generator that made the cache
 
     def reusable(self, prompt: Sequence[int], ring: bool) -> int:
         """Tokens at the beginning of `prompt` that need no prefill."""
@@ -172,6 +173,7 @@ class Stream:
             row = self._rows[0]
             self._session.tokens = row.request.prompt + row.tokens
             self._session.cache, self._session.capacity = self._cache, self._capacity
+            self._session.owner = self._run
 
     def _tokens_after(self, steps: int) -> int:
         """The longest row's prompt and completion after as many steps more."""

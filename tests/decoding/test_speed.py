@@ -3,6 +3,7 @@
 python -m pytest -m slow tests/decoding/test_speed.py -s
 """
 
+import functools
 import statistics
 import time
 
@@ -13,6 +14,7 @@ import pytest
 
 import minillm_jax as mj
 from minillm_jax.decoding import decode
+from minillm_jax.decoding import generator as generators
 from minillm_jax.model import cache as kv
 
 pytestmark = pytest.mark.slow
@@ -89,3 +91,54 @@ def test_decode_keeps_its_speed_with_a_16x_larger_max_kv_cache_len(batch_size):
         for c in (large, config)
     ]
     assert paired_ratio(*runs, repeats=15) >= 0.95
+
+
+GREEDY = mj.SamplingParams(temperature=0.0)
+SAMPLING = mj.SamplingParams(temperature=0.8, top_k=50, top_p=0.95)
+
+
+@functools.cache
+def medium():
+    model = mj.create_model(mj.Configs.medium())
+    return model, mj.init_params(model)
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+@pytest.mark.parametrize(("params", "share"), [(GREEDY, 0.97), (SAMPLING, 0.9)])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_generator_keeps_the_speed_of_the_bare_chunk(
+    batch_size, params, share, streamed
+):
+    """From the first token on; the bare greedy chunk has the same cache and steps."""
+    steps, held = 64, 8
+    model, weights = medium()
+    generator = mj.Generator(model, weights)
+    (capacity, *_) = generator.capacities
+    bare = decoding(model.config, capacity, batch_size, held, steps)
+    prompts = np.ones((batch_size, held), np.int32)
+
+    def generate():
+        """Seconds of all tokens but the first."""
+        pieces = generator.stream(prompts, steps + 1, params)
+        if not streamed:
+            pieces = generator._start(prompts, steps + 1, params, generators.CHUNKS)
+        for _ in range(batch_size):
+            next(pieces)
+        start = time.perf_counter()
+        for _ in pieces:
+            pass
+        return time.perf_counter() - start
+
+    def alone():
+        start = time.perf_counter()
+        bare()
+        return time.perf_counter() - start
+
+    generate()
+    ratios = []
+    for _ in range(5):
+        before, taken, after = alone(), generate(), alone()
+        ratios.append((before + after) / 2 / taken)
+    median = statistics.median(ratios)
+    print(f"share {median:.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
+    assert median >= share

@@ -1,0 +1,25 @@
+"""Progress bars on stderr, drawn on a terminal only."""
+
+import sys
+
+from rich import console, progress
+
+
+def bar(description: str, total: int) -> progress.Progress:
+    """A bar with one task, to be used as a context manager; gone when it is done."""
+    found = progress.Progress(
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        console=console.Console(stderr=True),
+        transient=True,
+        disable=not sys.stderr.isatty(),
+    )
+    found.add_task(description, total=total)
+    return found
+
+
+def advance(shown: progress.Progress, description: str) -> None:
+    """One step further, and what is being done now."""
+    shown.update(shown.task_ids[0], advance=1, description=description)

@@ -1,0 +1,289 @@
+"""`cli.generate` as a person uses it: text, JSON, pipes, mistakes, Ctrl-C, a chat."""
+
+import concurrent.futures
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+ROOT = pathlib.Path(__file__).parents[2]
+TINY = {
+    "max_seq_len": 64,
+    "max_kv_cache_len": 300,
+    "dim_model": 32,
+    "num_heads": 2,
+    "num_layers": 1,
+    "dim_ff": 64,
+    "vocab_size": 300,
+    "prefill_chunk": 32,
+}
+COMMAND = [
+    *(sys.executable, "-m", "minillm_jax.cli.generate", "--config=small"),
+    *(f"--config.model.{name}={value}" for name, value in TINY.items()),
+]
+GREEDY = ("--prompt=Once", "--temperature=0")
+LONG = "x" * 290
+FULL = (f"--prompt={LONG}", "--json", "--temperature=0")
+
+
+def run(*arguments, given=""):
+    return subprocess.run(
+        [*COMMAND, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        input=given.encode() if isinstance(given, str) else given,
+        timeout=120,
+    )
+
+
+# Name -> arguments of runs that go well.
+RUNS = {
+    "text": (*GREEDY, "--max_new_tokens=20"),
+    "json": (*GREEDY, "--max_new_tokens=20", "--json", "--logprobs=2"),
+    "file": ("--prompt_file=TMP/prompt.txt", "--temperature=0", "--json"),
+    "stdin": ("--temperature=0", "--json", "--max_new_tokens=5"),
+    "cache full": (*FULL, "--max_new_tokens=11"),
+    "tie": (*FULL, "--max_new_tokens=10"),
+    "one fewer": (*FULL, "--max_new_tokens=9"),
+    "error fits": (*FULL, "--max_new_tokens=10", "--overflow=error"),
+    "exactly full": (f"--prompt={LONG + 10 * 'y'}", "--json", "--temperature=0"),
+    "ring": (
+        *(f"--prompt={LONG + LONG}", "--json", "--temperature=0"),
+        *("--max_new_tokens=40", "--overflow=ring", "--num_sinks=4"),
+    ),
+    "sampling": (
+        *("--prompt=a", "--json", "--seed=3", "--temperature=0.7", "--top_k=20"),
+        *("--top_p=0.9", "--min_p=0.01", "--repetition_penalty=1.1"),
+        *("--frequency_penalty=0.1", "--presence_penalty=-0.1"),
+        *("--logit_bias=65:-100,66:2.5", "--max_new_tokens=8"),
+    ),
+    "stop id": ("--prompt=a", "--json", "--logit_bias=90:100", "--stop_token_ids=90"),
+    "stop": ("--prompt=a", "--json", "--logit_bias=90:100", "--stop=Q", "--stop=ZZZ"),
+    "tokenizer": ("--prompt=ab", "--json", "--tokenizer=TMP", "--max_new_tokens=50"),
+}
+# Arguments -> words that the line must hold.
+MISTAKES = {
+    ("--prompt=",): ("prompt 0", "at least one token"),
+    ("--prompt=a", "--prompt_file=b"): ("--prompt and --prompt_file",),
+    ("--prompt_file=/nowhere",): ("/nowhere", "No such file"),
+    ("--prompt_file=TMP/latin.txt",): ("latin.txt", "not UTF-8"),
+    ("--prompt=a", "--temperature=nan"): ("temperature=nan", "[0, "),
+    ("--prompt=a", "--temperature=warm"): ("temperature=warm",),
+    ("--prompt=a", "--top_p=2", "--min_p=-1"): ("top_p=2", "min_p=-1"),
+    ("--prompt=a", "--top_k=-3"): ("top_k=-3", "write 0"),
+    ("--prompt=a", "--stop="): ("stop", "non-empty"),
+    ("--prompt=a", "--stop_token_ids=x"): ("--stop_token_ids", "whole numbers"),
+    ("--prompt=a", "--stop_token_ids=300"): ("stop_token_ids", "300", "299"),
+    ("--prompt=a", "--logit_bias=3"): ("--logit_bias", "ID:NUMBER"),
+    ("--prompt=a", "--logprobs=21"): ("logprobs=21", "write 20"),
+    ("--prompt=a", "--temprature=1"): ("temprature", "temperature"),
+    ("--prompt=a", "--max_new_tokens=0"): ("max_new_tokens=0", "write 1"),
+    ("--prompt=a", "--overflow=wrap"): ("overflow=wrap", "error|stop|ring"),
+    ("--prompt=a", "--num_sinks=2"): ("num_sinks=2", "overflow='ring'"),
+    (f"--prompt={LONG + 11 * 'y'}",): ("301 tokens", "300", "shorten it by 1"),
+    (f"--prompt={LONG}", "--overflow=error", "--max_new_tokens=11"): (
+        *("290 tokens", "max_new_tokens=11", "300", "max_new_tokens=10 would fit"),
+    ),
+    ("--prompt=a", "--tokenizer=/nowhere"): ("/nowhere", "tokenizer.json"),
+    ("--prompt=a", "--chat"): ("--chat",),
+    ("--chat", "--json"): ("--chat", "JSON"),
+    ("--prompt=a", "--config.model.num_layers=4096", "--config.model.dim_ff=2000000"): (
+        *("does not fit", "GB"),
+    ),
+    ("stray", "--prompt=a"): ("stray arguments",),
+    (): ("prompt 0", "at least one token"),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A prompt, a file in Latin-1, and a tokenizer of ten letters with an EOS."""
+    path = tmp_path_factory.mktemp("prompts")
+    (path / "prompt.txt").write_text("Once")
+    (path / "latin.txt").write_bytes("é".encode("latin-1"))
+    letters = {letter: i for i, letter in enumerate("abcdefghij")}
+    tokenizer = tokenizers.Tokenizer(models.BPE(letters, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(["<end>"])
+    tokenizer.save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
+    return path
+
+
+@pytest.fixture(scope="module")
+def outcomes(folder):
+    """Every run and mistake, two at a time."""
+
+    def one(arguments):
+        filled = (argument.replace("TMP", str(folder)) for argument in arguments)
+        return run(*filled, given="Once" if arguments == RUNS["stdin"] else "")
+
+    cases = [*RUNS.values(), *MISTAKES]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        done = dict(zip(cases, pool.map(one, cases), strict=True))
+    named = {name: done[arguments] for name, arguments in RUNS.items()}
+    return named | {arguments: done[arguments] for arguments in MISTAKES}
+
+
+def report(outcome):
+    """The JSON of a run that went well: one object, last on stdout."""
+    assert outcome.returncode == 0, outcome.stderr.decode()
+    return json.loads(outcome.stdout.decode().splitlines()[-1])
+
+
+@pytest.mark.parametrize("arguments", MISTAKES, ids=lambda a: " ".join(a)[:50])
+def test_a_mistake_is_one_clear_line(outcomes, arguments):
+    outcome = outcomes[arguments]
+    lines = outcome.stderr.decode().splitlines()
+    assert outcome.returncode == 2, lines
+    assert len(lines) == 1
+    assert lines[0].startswith("generate: error: ")
+    for word in MISTAKES[arguments]:
+        assert word in lines[0]
+    assert not outcome.stdout
+
+
+def test_text_goes_to_stdout_and_rates_to_stderr(outcomes):
+    outcome, told = outcomes["text"], report(outcomes["json"])
+    assert outcome.returncode == 0
+    assert outcome.stdout.decode() == told["text"] + "\n"
+    note, summary = outcome.stderr.decode().splitlines()
+    assert note.startswith("generate: the weights are random")
+    assert "20 tokens at" in summary
+    assert "ended by length; cache 24 of 300" in summary
+
+
+def test_the_json_tells_what_the_run_cost(outcomes):
+    told = report(outcomes["json"])
+    assert (told["prompt_tokens"], told["completion_tokens"]) == (4, 20)
+    assert len(told["tokens"]) == len(told["logprobs"]) == 20
+    assert [len(top) for top in told["top_logprobs"]] == [2] * 20
+    assert told["cache"]["tokens"] == 24
+    assert told["cache"]["capacity"] == 300
+    assert told["cache"]["overwritten"] == 0
+    assert told["decode_tokens_per_second"] > 0
+    assert told["ttft_seconds"] > 0
+    assert told["compile_seconds"] > 0
+    assert told["config"]["dim_model"] == 32
+
+
+def test_the_prompt_may_come_from_a_file_or_a_pipe(outcomes):
+    tokens = report(outcomes["json"])["tokens"]
+    assert report(outcomes["file"])["tokens"][:20] == tokens
+    assert report(outcomes["stdin"])["tokens"] == tokens[:5]
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "reason"),
+    [
+        ("one fewer", 9, "length"),
+        ("tie", 10, "length"),
+        ("cache full", 10, "cache_full"),
+        ("error fits", 10, "length"),
+        ("exactly full", 0, "cache_full"),
+        ("ring", 40, "length"),
+    ],
+)
+def test_overflow_counts_as_in_the_library(outcomes, name, tokens, reason):
+    told = report(outcomes[name])
+    assert (told["completion_tokens"], told["finish_reason"]) == (tokens, reason)
+    assert told["cache"]["overwritten"] == max(0, told["cache"]["tokens"] - 300)
+
+
+def test_sampling_flags_reach_the_sampler(outcomes):
+    told = report(outcomes["sampling"])
+    assert told["completion_tokens"] == 8
+    assert 65 not in told["tokens"]
+
+
+def test_stop_ids_and_stop_strings_end_the_text(outcomes):
+    told = report(outcomes["stop id"])
+    assert (told["tokens"], told["text"], told["finish_reason"]) == ([90], "", "stop")
+    told = report(outcomes["stop"])
+    assert told["tokens"] == [90, 90, 90]
+    assert (told["text"], told["finish_reason"]) == ("", "stop")
+
+
+def test_a_tokenizer_brings_its_ids_and_eos(outcomes):
+    told = report(outcomes["tokenizer"])
+    assert told["prompt_tokens"] == 2
+    assert set(told["tokens"]) <= set(range(11))
+    assert told["config"]["eos_token_ids"] == [10]
+    ended = told["finish_reason"] == "stop"
+    assert ended == (told["tokens"][-1] == 10)
+    assert "<end>" not in told["text"]
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_ctrl_c_ends_with_what_there_is(form):
+    """The first letters are out, or the work has begun; then the signal comes."""
+    arguments = ("--prompt=a", "--overflow=ring", "--max_new_tokens=1000000")
+    process = subprocess.Popen(
+        [*COMMAND, *arguments, *(["--json"] if form == "json" else [])],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    first = b""
+    if form == "text":
+        first = os.read(process.stdout.fileno(), 1)
+    else:  # nothing comes on stdout: it has begun once it has told of the weights
+        first_note = process.stderr.readline()
+        assert b"random" in first_note
+        time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"Traceback" not in errors
+    if form == "json":
+        told = json.loads(out)
+        assert told["finish_reason"] == "interrupted"
+        assert len(told["tokens"]) == told["completion_tokens"]
+    else:
+        assert len(first) == 1
+        assert b"ended by interrupted" in errors
+
+
+def test_a_reader_that_leaves_is_no_traceback():
+    line = f"{' '.join(COMMAND)} --prompt=a --max_new_tokens=200 | head -c 1"
+    outcome = subprocess.run(line, shell=True, cwd=ROOT, capture_output=True)
+    assert len(outcome.stdout) == 1
+    assert b"Traceback" not in outcome.stderr
+    assert b"Exception" not in outcome.stderr
+
+
+def test_a_chat_prefills_only_what_is_new():
+    # Bytes that are text, so that a reply encodes to the tokens that it came from.
+    bias = ",".join(f"{byte}:50" for byte in range(97, 123))
+    outcome = run(
+        *("--chat", "--system=be short", "--max_new_tokens=10", f"--logit_bias={bias}"),
+        given="hello\n\nand again\n/reset\nhello\n"
+        + "long " * 100
+        + "\nhello\n/exit\nno",
+    )
+    assert outcome.returncode == 0, outcome.stderr.decode()
+    replies = outcome.stdout.decode().splitlines()
+    assert [len(reply) for reply in replies] == [10] * 4
+    _, first, second, third, refused, fourth = outcome.stderr.decode().splitlines()
+    system, user = len("system: be short\n"), len("user: hello\n")
+    asked = system + user + len("assistant: ")
+    assert first.startswith(f"[prompt {asked} tokens;")
+    # The last token of a reply is sampled, but not in the cache yet.
+    new = 1 + len("\nuser: and again\nassistant: ")
+    assert second.startswith(f"[prompt {asked + 9 + new} tokens, {new} of them new;")
+    assert third.startswith(f"[prompt {asked} tokens;")
+    assert replies[2] == replies[0]
+    assert "the cache holds 300" in refused
+    assert "/reset" in refused
+    new = 1 + len("\nuser: hello\nassistant: ")
+    assert fourth.startswith(f"[prompt {asked + 9 + new} tokens, {new} of them new;")
