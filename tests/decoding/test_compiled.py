@@ -7,10 +7,11 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import minillm_jax as mj
-from minillm_jax.decoding import decode
+from minillm_jax.decoding import decode, sampling
 
 CONFIG = mj.ModelConfig(
     max_seq_len=4096,
@@ -41,6 +42,21 @@ def _compiled(model, batch_size, kind, policy):
     tokens = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
     if kind == "step":
         lowered = mj.decode_step.lower(model, params, cache, tokens, policy=policy)
+    elif kind == "sampling":
+        rows = sampling.rows(
+            [mj.SamplingParams()] * batch_size,
+            sample_indices=range(batch_size),
+            prompts=[[0]] * batch_size,
+            budgets=[8] * batch_size,
+            eos_token_ids=(),
+            known=np.ones(CONFIG.vocab_size, bool),
+        )
+        lowered = decode.decode_rows.lower(
+            *(model, params, cache, sampling.start(rows), rows),
+            np.ones(batch_size, bool),
+            steps=8,
+            policy=policy,
+        )
     else:
         active = jax.ShapeDtypeStruct((batch_size,), jnp.bool_)
         lowered = decode.decode_chunk.lower(
@@ -69,7 +85,7 @@ def fused_roots(hlo):
 
 
 @pytest.mark.parametrize("policy", ["error", "ring"])
-@pytest.mark.parametrize("kind", ["step", "chunk"])
+@pytest.mark.parametrize("kind", ["step", "chunk", "sampling"])
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
 def test_decode_never_copies_the_cache(model, batch_size, kind, policy):
     overflow = mj.CachePolicy(overflow=policy)
