@@ -6,6 +6,7 @@ Knows types, ranges, legacy names and spelling; what the fields mean is config.p
 import dataclasses
 import difflib
 import functools
+import inspect
 import operator
 import typing
 import warnings
@@ -92,6 +93,15 @@ def checked_fields(
             generated(self, **values)
             object.__setattr__(self, "derived", derived)
 
+        # No annotations: it converts, so it takes more than the fields are.
+        signature = inspect.signature(generated)
+        plain = [
+            parameter.replace(annotation=inspect.Parameter.empty)
+            for parameter in signature.parameters.values()
+        ]
+        __init__.__signature__ = signature.replace(parameters=plain)  # pyright: ignore
+        __init__.__annotations__ = {}
+        del __init__.__wrapped__
         cls.__init__ = __init__  # pyright: ignore[reportAttributeAccessIssue]
         return cls
 

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from minillm_jax import validation
@@ -17,7 +18,7 @@ from minillm_jax.model import cache as kv
 from minillm_jax.text.streaming import TextStream
 from minillm_jax.text.tokenizer import Tokenizer
 
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int] | np.ndarray | jax.Array
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,17 +31,19 @@ MAX_STOP_IDS = 64  # of a row, EOS ids included
 MAX_LOGPROBS = 20  # alternatives that are reported beside the sampled token
 CANDIDATES = 64  # largest logits that are looked at before the whole row is
 BLOCK = 128  # of the two-level draw
-COLDEST = 1e-6  # a lower temperature would overflow float32, and chooses no other token
+COLDEST = 1e-6  # lower temperatures are taken for this one: they would overflow
+BIASES = Range(-1e30, 1e30)  # or -inf; far from what overflows float32
 
 
 def _contradictions(values: dict, _: frozenset[str]) -> list[str]:
     bias = values.get("logit_bias") or {}
-    wrong = [i for i, b in bias.items() if math.isnan(b) or b == math.inf or i < 0]
-    return [
-        f"logit_bias={{{i}: {bias[i]}}}: needs an id from 0 on, and a finite number or "
-        "-inf"
-        for i in wrong[:1]
+    problems = [
+        (i, b, "an id is at least 0" if i < 0 else BIASES.problem(b))
+        for i, b in bias.items()
+        if i < 0 or b != -math.inf
     ]
+    wrong = [(i, b, problem) for i, b, problem in problems if problem]
+    return [f"logit_bias={{{i}: {b}}}: {problem}" for i, b, problem in wrong[:1]]
 
 
 @validation.checked_fields(contradictions=_contradictions)
@@ -386,9 +388,12 @@ def _passing(
 ) -> tuple[Int[Array, " B"], Float32[Array, " B"]]:
     """Where the running sum passes `target`, and what of it is left there."""
     upto = jnp.cumsum(weights, axis=-1)
-    index = jnp.sum(upto <= target[:, None], axis=-1, dtype=jnp.int32)
     positions = jnp.arange(weights.shape[-1], dtype=jnp.int32)
-    last = jnp.max(jnp.where(weights > 0, positions[None], 0), axis=-1)
-    index = jnp.minimum(index, last)  # a sum may be rounded below its target
+    # Rounded, a sum may stay below its target, and a target lie below 0 or a running
+    # sum move where the weight is 0: only what has weight is ever taken.
+    there = weights > 0
+    last = jnp.max(jnp.where(there, positions[None], 0), axis=-1, keepdims=True)
+    passes = there & (upto > target[:, None])
+    index = jnp.min(jnp.where(passes, positions[None], last), axis=-1)
     before = jnp.where(positions[None] == index[:, None] - 1, upto, 0.0).sum(axis=-1)
     return index, target - before

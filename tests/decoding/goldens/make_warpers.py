@@ -3,10 +3,10 @@
     python tests/decoding/goldens/make_warpers.py
 
 Needs the `parity` extra (torch and transformers), which the tests themselves do not.
-Numbers only: rows of logits with few decimals, settings, and the probabilities of the
-tokens that are kept. The processors and their order are those of `generate`. Left out
-are settings where rounding or an unstable sort would decide, not the rule: a top_p or
-min_p within 1e-5 of a boundary, and ties across the edge of top_p.
+Numbers only: rows of logits with few decimals, settings, and the tokens kept with their
+probabilities, if above 1e-30. The processors and their order are those of `generate`.
+Left out are settings where rounding or an unstable sort would decide, not the rule: a
+top_p or min_p within 1e-5 of a boundary, and ties across the edge of top_p.
 """
 
 import itertools
@@ -20,6 +20,7 @@ from transformers.generation import utils
 
 PATH = pathlib.Path(__file__).with_name("warpers.json")
 MARGIN = 1e-5
+UNDERFLOW = 1e-30  # probabilities from here on are as good as 0
 PROMPT, COMPLETION = [3, 7, 7, 21, 40], [5, 21, 5, 12]
 BIAS = {0: 2.5, 3: -1.5, 7: 4.0, 12: -100.0, 33: float("-inf"), 49: 0.75}
 FILTERS = [
@@ -56,7 +57,7 @@ class _Decoder(utils.GenerationMixin):
 
 
 def rows() -> dict[str, list[float]]:
-    """Logits of 50 and 200 tokens: plain, tied, negative, flat, of a large spread."""
+    """Logits of 50 to 200 tokens: plain, tied, negative, flat, of a large spread."""
     generator = np.random.default_rng(20)
     near = generator.normal(0.0, 1.5, 50)
     wide = generator.normal(0.0, 3.0, 200)
@@ -66,8 +67,8 @@ def rows() -> dict[str, list[float]]:
         "negative 50": (near - 9.0).round(3),
         "spread 50": (near * 40).round(2),
         "wide 200": wide.round(3),
-        "flat 200": (wide / 100).round(4),
-        "tied 200": (wide / 2).round(),
+        "flat 130": (wide[:130] / 100).round(4),
+        "tied 150": (wide[:150] / 2).round(),
         "peaked 200": (wide + 14.0 * (np.arange(200) == 77)).round(3),
     }
     return {name: (row + 0.0).tolist() for name, row in values.items()}
@@ -115,15 +116,14 @@ def is_decided_by_rounding(logits: list[float], settings: dict) -> bool:
 def case(name: str, logits: list[float], settings: dict) -> dict:
     """A row, its settings, and the probabilities of the tokens kept."""
     probs = scores(logits, settings).softmax(-1)
-    kept = torch.nonzero(probs)[:, 0].tolist()
-    shown = dict(settings)
-    if "logit_bias" in shown:  # JSON has no -inf and no whole numbers as keys
-        shown["logit_bias"] = [[t, str(b)] for t, b in settings["logit_bias"].items()]
+    kept = torch.nonzero(probs > UNDERFLOW)[:, 0].tolist()
     return {
         "row": name,
-        "settings": shown,
+        "settings": {
+            k: v if k != "logit_bias" else "bias" for k, v in settings.items()
+        },
         "kept": "all" if len(kept) == len(logits) else kept,
-        "probabilities": [float(f"{p:.8g}") for p in probs[kept].tolist()],
+        "probabilities": [float(f"{p:.6g}") for p in probs[kept].tolist()],
     }
 
 
@@ -145,9 +145,11 @@ def main() -> None:
         },
         "prompt": PROMPT,
         "completion": COMPLETION,
+        # Text: JSON has no -inf, and no whole numbers as keys.
+        "bias": {str(token): str(value) for token, value in BIAS.items()},
         "rows": rows(),
     }
-    lines = ",\n".join(json.dumps(item) for item in cases)
+    lines = ",\n".join(json.dumps(item, separators=(",", ":")) for item in cases)
     head = json.dumps(goldens)[:-1]
     PATH.write_text(f'{head},\n"cases": [\n{lines}\n]}}\n', encoding="ascii")
     print(f"{len(cases)} cases, {left_out} left out, {PATH.stat().st_size} bytes")
