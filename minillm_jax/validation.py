@@ -93,12 +93,13 @@ def checked_fields(
             generated(self, **values)
             object.__setattr__(self, "derived", derived)
 
-        # No annotations: it converts, so it takes more than the fields are.
+        # No annotations, and any name: it converts, and tells itself what is wrong.
         signature = inspect.signature(generated)
         plain = [
             parameter.replace(annotation=inspect.Parameter.empty)
             for parameter in signature.parameters.values()
         ]
+        plain.append(inspect.Parameter("others", inspect.Parameter.VAR_KEYWORD))
         __init__.__signature__ = signature.replace(parameters=plain)  # pyright: ignore
         __init__.__annotations__ = {}
         del __init__.__wrapped__

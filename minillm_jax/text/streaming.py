@@ -22,7 +22,8 @@ class Detokenizer:
                                          ^ released   before it
 
     The pieces add up to `tokenizer.decode` of all tokens wherever that works through
-    bytes from left to right.
+    bytes from left to right. (The ByteFallback decoder does not where bytes are broken:
+    one bad byte turns all those around it into U+FFFD, the good ones before it too.)
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -33,6 +34,8 @@ class Detokenizer:
 
     def push(self, token: int) -> str:
         """The text that `token` completes; "" while a character is not whole."""
+        if not self._decode([token, token]):
+            return ""  # a special token, which no window would get past
         self._window.append(token)
         text = self._decode(self._window)
         if text.endswith(REPLACEMENT):

@@ -4,6 +4,7 @@ Chat templates are Jinja programs that come with other people's files: they run 
 Jinja's immutable sandbox, without access to attributes that are private or change data.
 """
 
+import dataclasses
 import datetime
 import json
 import pathlib
@@ -58,38 +59,53 @@ class ByteTokenizer:
         return self.encode("".join(lines) + "assistant: ")
 
 
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What the files beside a tokenizer.json say, checked."""
+
+    # "bos_token", "eos_token", ... -> its text
+    special_tokens: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    add_bos_token: bool | None = None  # None = as the tokenizer.json does by itself
+    eos_token_ids: tuple[int, ...] = ()
+    chat_template: str | None = None
+
+
 class FileTokenizer:
     """A `tokenizer.json` with what stands beside it; made by `load_tokenizer`."""
 
     chat_stop: tuple[str, ...] = ()
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, settings: Mapping[str, Any]):
-        """Takes the contents of tokenizer_config.json, as `load_tokenizer` reads it."""
+    def __init__(
+        self, tokenizer: tokenizers.Tokenizer, settings: Settings = Settings()
+    ):
+        """Takes what `load_tokenizer` has read."""
         self._tokenizer = tokenizer
-        self._add_bos = settings.get("add_bos_token")
-        self._special = {
-            name: text
-            for name, value in settings.items()
-            if name.endswith("_token") and (text := _content(value)) is not None
-        }
-        self._template = settings.get("chat_template")
+        self._special = settings.special_tokens
+        self._template = settings.chat_template
         self.known_ids = frozenset(tokenizer.get_vocab().values())
         self.bos_token_id = self._id("bos_token")
-        ids = [self._id("eos_token"), *settings.get("eos_token_ids", ())]
+        ids = [self._id("eos_token"), *settings.eos_token_ids]
         self.eos_token_ids = tuple(dict.fromkeys(i for i in ids if i is not None))
+        bos = self.bos_token_id
+        self._has_bos = bos is not None and tokenizer.encode("").ids[:1] == [bos]
+        wanted = settings.add_bos_token
+        self._wants_bos = self._has_bos if bos is None or wanted is None else wanted
 
     def _id(self, name: str) -> int | None:
         text = self._special.get(name)
         return None if text is None else self._tokenizer.token_to_id(text)
 
     def encode(self, text: str) -> list[int]:
-        """The ids, with the special tokens that the files ask for around them."""
-        ids = self._tokenizer.encode(text).ids
-        bos = self.bos_token_id
-        if self._add_bos is None or bos is None:
-            return ids
-        rest = ids[1:] if ids[:1] == [bos] else ids
-        return [bos, *rest] if self._add_bos else rest
+        """The ids, with the special tokens that the files ask for around them.
+
+        Lone surrogates, which no file of text has, become "?".
+        """
+        ids = self._tokenizer.encode(_without_surrogates(text)).ids
+        if self._has_bos and not self._wants_bos:
+            return ids[1:]
+        if self._wants_bos and not self._has_bos and self.bos_token_id is not None:
+            return [self.bos_token_id, *ids]
+        return ids
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text, without special tokens."""
@@ -104,7 +120,7 @@ class FileTokenizer:
         Raises:
           TokenizerError: if there is no chat template, or it refuses the messages.
         """
-        text = self.render_chat(messages)  # which has its own BOS
+        text = _without_surrogates(self.render_chat(messages))  # it has its own BOS
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def render_chat(
@@ -128,8 +144,9 @@ class FileTokenizer:
                     **self._special,
                 )
             )
-        except (jinja2.TemplateError, TypeError, ValueError, OverflowError) as error:
-            raise TokenizerError(f"chat template: {error}") from error
+        except Exception as error:  # a template is a program, and may fail in any way
+            reason = str(error) or type(error).__name__
+            raise TokenizerError(f"chat template: {reason}") from error
 
 
 def load_tokenizer(path: str | pathlib.Path) -> FileTokenizer:
@@ -153,13 +170,23 @@ def load_tokenizer(path: str | pathlib.Path) -> FileTokenizer:
     tokenizer.no_padding()
     tokenizer.no_truncation()
 
-    folder, names = file.parent, ("special_tokens_map.json", "tokenizer_config.json")
-    settings: dict[str, Any] = {}
-    for name in names:
-        settings |= _read(folder / name)
-    settings["eos_token_ids"] = _eos_ids(folder)
-    settings["chat_template"] = _template(folder, settings.get("chat_template"))
-    return FileTokenizer(tokenizer, settings)
+    return FileTokenizer(tokenizer, _settings(file.parent))
+
+
+def _settings(folder: pathlib.Path) -> Settings:
+    special: dict[str, str] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        special |= _special_tokens(folder / name)
+    file = folder / "tokenizer_config.json"
+    config = _read(file)
+    add_bos = config.get("add_bos_token")
+    if not (add_bos is None or isinstance(add_bos, bool)):
+        raise TokenizerError(f"{file}: add_bos_token={add_bos!r} must be true or false")
+    ids: list[int] = []
+    for name in ("generation_config.json", "config.json"):
+        ids += _eos_ids(folder / name)
+    template = _template(folder, config.get("chat_template"))
+    return Settings(special, add_bos, tuple(ids), template)
 
 
 def _read(file: pathlib.Path) -> dict[str, Any]:
@@ -167,40 +194,67 @@ def _read(file: pathlib.Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        values = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
         raise TokenizerError(f"{file}: {error}") from error
     if not isinstance(values, dict):
         raise TokenizerError(f"{file}: must hold a JSON object")
     return values
 
 
-def _eos_ids(folder: pathlib.Path) -> list[int]:
-    """EOS ids of the two files that may name several."""
-    found: list[int] = []
-    for name in ("generation_config.json", "config.json"):
-        ids = _read(folder / name).get("eos_token_id")
-        ids = ids if isinstance(ids, list) else [ids]
-        found += [i for i in ids if isinstance(i, int)]
+def _special_tokens(file: pathlib.Path) -> dict[str, str]:
+    """Fields such as "bos_token": each a text, or an object with its `content`."""
+    found = {}
+    for name, value in _read(file).items():
+        if not name.endswith("_token") or name.startswith("add_") or value is None:
+            continue
+        text = value.get("content") if isinstance(value, dict) else value
+        if not isinstance(text, str):
+            raise TokenizerError(
+                f"{file}: {name}={value!r} must be a string, or an object with content"
+            )
+        found[name] = text
     return found
+
+
+def _eos_ids(file: pathlib.Path) -> list[int]:
+    """The EOS ids that a file names: one, or a list."""
+    value = _read(file).get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    for item in ids:
+        if not isinstance(item, int) or isinstance(item, bool) or item < 0:
+            raise TokenizerError(
+                f"{file}: eos_token_id={value!r} must be an id, or a list of ids"
+            )
+    return ids
 
 
 def _template(folder: pathlib.Path, given: Any) -> str | None:
     """The chat template: a file of its own, a string, or the default of several."""
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
-    if isinstance(given, list):
-        named = {item["name"]: item["template"] for item in given}
-        return named.get("default")
-    return given
+        try:
+            return file.read_bytes().decode()
+        except UnicodeDecodeError as error:
+            raise TokenizerError(f"{file}: {error}") from error
+    items = (
+        given if isinstance(given, list) else [{"name": "default", "template": given}]
+    )
+    named = {}
+    for item in items:
+        name = item.get("name") if isinstance(item, dict) else None
+        text = item.get("template", 0) if name is not None else 0
+        if not isinstance(name, str) or not isinstance(text, str | None):
+            raise TokenizerError(
+                f"{folder / 'tokenizer_config.json'}: chat_template must be a string, "
+                "or a list of objects with name and template"
+            )
+        named[name] = text
+    return named.get("default")
 
 
-def _content(value: Any) -> str | None:
-    """A special token's text: a string, or an object with `content`."""
-    if isinstance(value, Mapping):
-        value = value.get("content")
-    return value if isinstance(value, str) else None
+def _without_surrogates(text: str) -> str:
+    return text.encode("utf-8", errors="replace").decode()
 
 
 def _environment() -> jinja2.Environment:
@@ -226,9 +280,21 @@ class _Generation(jinja2.ext.Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def _to_json(value: Any, indent: int | None = None) -> str:
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     """JSON as it stands: Jinja's own filter would escape it for HTML."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
 
 
 def _raise(message: str) -> None:
