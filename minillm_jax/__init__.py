@@ -5,6 +5,9 @@ from minillm_jax.config import Configs as Configs
 from minillm_jax.config import ModelConfig as ModelConfig
 from minillm_jax.decoding.decode import decode_step as decode_step
 from minillm_jax.decoding.decode import prefill as prefill
+from minillm_jax.decoding.executables import (
+    CompileForbiddenError as CompileForbiddenError,
+)
 from minillm_jax.decoding.generator import Generator as Generator
 from minillm_jax.decoding.requests import Completion as Completion
 from minillm_jax.decoding.requests import Piece as Piece
@@ -18,4 +21,5 @@ from minillm_jax.model.transformer import MiniLLM as MiniLLM
 from minillm_jax.model.transformer import create_model as create_model
 from minillm_jax.model.transformer import init_params as init_params
 from minillm_jax.text.tokenizer import ByteTokenizer as ByteTokenizer
+from minillm_jax.text.tokenizer import TokenizerError as TokenizerError
 from minillm_jax.text.tokenizer import load_tokenizer as load_tokenizer

@@ -1,20 +1,19 @@
-"""Progress bars on stderr, drawn on a terminal only."""
-
-import sys
+"""Progress bars on stderr, drawn in terminals and notebooks only."""
 
 from rich import console, progress
 
 
 def bar(description: str, total: int) -> progress.Progress:
     """A bar with one task, to be used as a context manager; gone when it is done."""
+    stderr = console.Console(stderr=True)
     found = progress.Progress(
         progress.TextColumn("{task.description}"),
         progress.BarColumn(),
         progress.MofNCompleteColumn(),
         progress.TimeElapsedColumn(),
-        console=console.Console(stderr=True),
+        console=stderr,
         transient=True,
-        disable=not sys.stderr.isatty(),
+        disable=not (stderr.is_terminal or stderr.is_jupyter),
     )
     found.add_task(description, total=total)
     return found

@@ -17,7 +17,7 @@ import numpy as np
 
 
 class ConfigError(ValueError):
-    """A config that cannot be built; `problems` lists every reason, one string each."""
+    """An invalid config or argument; `problems` lists every reason, a string each."""
 
     def __init__(self, problems: str | Iterable[str]):
         self.problems = (problems,) if isinstance(problems, str) else tuple(problems)

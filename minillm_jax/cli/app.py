@@ -27,10 +27,7 @@ class UserError(Exception):
 
 
 _PRESETS = ", ".join(Configs.names)
-_USER_ERRORS = (
-    *(UserError, validation.ConfigError),
-    *(CacheOverflowError, TokenizerError),
-)
+_USER_ERRORS = (UserError, validation.ConfigError, CacheOverflowError, TokenizerError)
 
 
 def run(main: Callable[[Any], None]) -> None:

@@ -4,43 +4,51 @@ import dataclasses
 import sys
 
 from minillm_jax.cli import reply
-from minillm_jax.cli.app import UserError
 from minillm_jax.decoding.generator import Generator
 from minillm_jax.decoding.sampling import SamplingParams
 from minillm_jax.decoding.stream import Session
 from minillm_jax.model.cache import CacheOverflowError
+from minillm_jax.text.tokenizer import ByteTokenizer, FileTokenizer
 
+ChatTokenizer = ByteTokenizer | FileTokenizer
 HELP = "/reset forgets the conversation, /exit or Ctrl-D ends; Ctrl-C ends a reply."
+
+
+def user(content: str) -> dict[str, str]:
+    """A message of the person."""
+    return {"role": "user", "content": content}
+
+
+def beginning(system: str | None) -> list[dict[str, str]]:
+    """The messages before the first of the person."""
+    return [{"role": "system", "content": system}] if system else []
 
 
 def run(
     generator: Generator,
+    tokenizer: ChatTokenizer,
     system: str | None,
     max_new_tokens: int,
-    params: SamplingParams,
+    sampling: SamplingParams,
 ) -> None:
     """Talks until the input ends."""
-    tokenizer = generator.tokenizer
-    if not hasattr(tokenizer, "encode_chat"):
-        raise UserError("--chat needs a tokenizer that knows how a chat is written")
-    stops = (*params.stop, *getattr(tokenizer, "chat_stop", ()))
-    params = dataclasses.replace(params, stop=stops)
-    beginning = [{"role": "system", "content": system}] if system else []
-    messages, session = list(beginning), Session()
+    stops = (*sampling.stop, *tokenizer.chat_stop)
+    sampling = dataclasses.replace(sampling, stop=stops)
+    messages, session = beginning(system), Session()
     if sys.stdin.isatty():
         print(HELP, file=sys.stderr)
     while (line := _read_line()) is not None:
         if line in ("/exit", "/quit"):
             break
         if line == "/reset":
-            messages, session = list(beginning), Session()
+            messages, session = beginning(system), Session()
             continue
         if not line.strip():
             continue
-        messages.append({"role": "user", "content": line})
+        messages.append(user(line))
         try:
-            prompt = tokenizer.encode_chat(messages)  # pyright: ignore
-            answer = reply.Reply(generator, prompt, max_new_tokens, params, session)
+            prompt = tokenizer.encode_chat(messages)
+            answer = reply.Reply(generator, prompt, max_new_tokens, sampling, session)
         except CacheOverflowError as error:
             messages.pop()
             print(f"{error}; or /reset", file=sys.stderr)

@@ -10,6 +10,7 @@ import jax
 from rich import console
 
 from minillm_jax.decoding.generator import Generator
+from minillm_jax.decoding.requests import Completion
 from minillm_jax.decoding.sampling import SamplingParams
 from minillm_jax.decoding.stream import Session
 from minillm_jax.planning import devices
@@ -34,7 +35,7 @@ class Reply:
         generator: Generator,
         prompt: Sequence[int],
         max_new_tokens: int,
-        params: SamplingParams,
+        sampling: SamplingParams,
         session: Session | None = None,
     ):
         self.interrupted = False
@@ -44,16 +45,16 @@ class Reply:
         # those spent compiling.
         self._first = self._last = (0.0, 0.0)
         self._stream = generator.stream(
-            [list(prompt)], max_new_tokens, params, session=session
+            [list(prompt)], max_new_tokens, sampling, session=session
         )
 
     @property
-    def completion(self) -> Any:
+    def completion(self) -> Completion:
         """What came of the prompt so far."""
         return self._stream.completions[0]
 
     def show(self, *, quiet: bool = False) -> None:
-        """Writes the text to stdout as it comes, and a line's end behind it."""
+        """Writes the text to stdout as it comes, then a newline."""
         out = None if quiet else sys.stdout
         picture = out is not None and out.isatty()
         try:

@@ -1,19 +1,18 @@
-"""The compiled functions of a Generator: one of each shape, made ahead of its call.
+"""The compiled functions of a Generator: one for each key, all shapes known before.
 
-    name      one for each                                        what it does
-    empty     batch, capacity                                     an empty cache
-    prefill   batch, capacity, prefill chunk                      `decode.prefill_chunk`
-    first     batch, greedy or sampling                           `decode.first_tokens`
-    decode    batch, capacity, greedy or sampling, steps          `decode.decode_rows`
-    grow      batch, capacity                                     to the next capacity
+    name         one for each                                   what it runs
+    init_cache   batch, capacity                                `cache.init_cache`
+    grow_cache   batch, capacity                                to the next capacity
+    prefill      batch, capacity, prefill chunk                 `decode.prefill_chunk`
+    first_token  batch, greedy or sampling                      `decode.first_tokens`
+    decode       batch, capacity, greedy or sampling, steps     `decode.decode_requests`
 
-Nothing else a Generator does compiles: arrays reach the device by `jax.device_put`.
+Nothing else that a Generator does compiles: arrays reach the device by `device_put`.
 """
 
 import collections
 import contextlib
 import functools
-import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -26,8 +25,6 @@ from minillm_jax.decoding.decode import Params
 from minillm_jax.model import cache as kv
 from minillm_jax.model.transformer import MiniLLM
 
-Cache = dict[str, Any]
-
 
 class CompileForbiddenError(RuntimeError):
     """Something would have been compiled inside `forbid_compile()`."""
@@ -38,9 +35,9 @@ class Key(NamedTuple):
 
     name: str
     batch_size: int
-    capacity: int | None = None
+    capacity: int | None = None  # tokens a row of the cache can hold
     size: int | None = None  # tokens of a prefill chunk, steps of a decode chunk
-    sampling: bool | None = None
+    sampling: bool | None = None  # or greedy
 
     def __str__(self) -> str:
         parts = [f"batch_size={self.batch_size}"]
@@ -54,146 +51,142 @@ class Key(NamedTuple):
 
 
 class Executables:
-    """Compiles, counts and calls; all arrays live where the parameters do."""
+    """Compiles, counts and calls; all arrays live where the parameters do.
 
-    def __init__(self, model: MiniLLM, params: Params, policy: kv.CachePolicy):
-        self.model, self.policy = model, policy
+    Args:
+      model: from `create_model`.
+      params: the inner tree.
+      policy: of the caches.
+      capacities: tokens per row that caches are made for, ascending.
+      steps: of the decode chunks.
+    """
+
+    def __init__(
+        self,
+        model: MiniLLM,
+        params: Params,
+        policy: kv.CachePolicy,
+        *,
+        capacities: Sequence[int],
+        steps: Sequence[int],
+    ):
+        self.model, self.policy, self.capacities = model, policy, capacities
         self.params = jax.device_put(params)
-        self.seconds: dict[str, float] = {}  # to compile, by the key's text
+        self.seconds: dict[Key, float] = {}  # to trace and compile
+        self._steps = steps
         self._table: dict[Key, Callable[..., Any]] = {}
         self._forbidden = 0
         leaf = jax.tree.leaves(self.params)[0]
         self._device = leaf.sharding if len(leaf.devices()) == 1 else None
 
-    @property
-    def counts(self) -> dict[str, int]:
-        """Executables by name."""
-        return dict(collections.Counter(key.name for key in self._table))
+    def __call__(self, key: Key, **arrays: Any) -> Any:
+        """Runs an executable; what it donates of `arrays` is dead afterwards."""
+        self.compile(key)
+        if key.name in ("prefill", "decode"):
+            arrays["params"] = self.params
+        return self._table[key](**arrays)
+
+    def put(self, tree: Any) -> Any:
+        """Arrays of the host on the device."""
+        return jax.device_put(tree, self._device)
 
     @contextlib.contextmanager
     def forbidden(self) -> Iterator[None]:
-        """A block in which a call that would compile raises CompileForbiddenError."""
+        """A block in which compiling raises CompileForbiddenError."""
         self._forbidden += 1
         try:
             yield
         finally:
             self._forbidden -= 1
 
-    def put(self, tree: Any) -> Any:
-        """Arrays of the host on the device."""
-        return jax.device_put(tree, self._device)
+    @property
+    def counts(self) -> dict[str, int]:
+        """Executables by name."""
+        return dict(collections.Counter(key.name for key in self._table))
 
-    def empty(self, batch_size: int, capacity: int) -> Callable[[], Cache]:
-        """A cache without tokens."""
-        function = functools.partial(
-            kv.init_cache, self.model.config, batch_size, capacity, policy=self.policy
-        )
-        jitted = jax.jit(function, out_shardings=self._device)
-        return self._ready(Key("empty", batch_size, capacity), jitted, {})
+    def keys(self, batch_size: int) -> list[Key]:
+        """All executables of a batch size."""
+        key = functools.partial(Key, batch_size=batch_size)
+        found = [key("first_token", sampling=kind) for kind in (False, True)]
+        for capacity in self.capacities:
+            at = functools.partial(key, capacity=capacity)
+            found.append(at("init_cache"))
+            if self._larger(capacity):
+                found.append(at("grow_cache"))
+            sizes = decode.chunk_sizes(self.model.config)
+            found += [at("prefill", size=size) for size in sizes]
+            for kind in (False, True):
+                found += [at("decode", size=n, sampling=kind) for n in self._steps]
+        return found
 
-    def prefill(
-        self, capacity: int, cache: Any, logits: Any, tokens: Any, lengths: Any
-    ) -> Callable[[], tuple[jax.Array, Cache]]:
-        """One chunk of the prompts."""
-        return self._ready(
-            Key("prefill", tokens.shape[0], capacity, tokens.shape[1]),
-            decode.prefill_chunk,
-            {"cache": cache, "logits": logits, "tokens": tokens, "lengths": lengths},
-        )
+    def compile(self, key: Key) -> float:
+        """Seconds that it took; 0.0 where it was there already.
 
-    def first(
-        self, logits: Any, progress: sampling.Progress, rows: sampling.Rows
-    ) -> Callable[[], tuple[sampling.Sampled, sampling.Progress]]:
-        """The tokens that follow the prompts."""
-        kind = rows.sampler is not None
-        key = Key("first", len(rows.budget), sampling=kind)
-        arguments = {"logits": logits, "progress": progress, "rows": rows}
-        return self._ready(key, decode.first_tokens, arguments)
-
-    def decode(
-        self, capacity: int, steps: int, **arguments: Any
-    ) -> Callable[[], tuple[sampling.Sampled, sampling.Progress, Cache]]:
-        """The next chunk; the arguments are those of `decode.decode_rows`."""
-        rows = arguments["rows"]
-        kind = rows.sampler is not None
-        key = Key("decode", len(rows.budget), capacity, steps, kind)
-        return self._ready(key, decode.decode_rows, arguments, steps=steps)
-
-    def grow(self, leaf: Any, batch_size: int, old: int, new: int) -> Callable[[], Any]:
-        """A leaf of a cache of capacity `old`, with the slots of capacity `new`."""
-        slots = kv.num_slots(self.model.config, new, self.policy)
-        if leaf.ndim == 1 or leaf.shape[-2] >= slots:
-            return lambda: leaf
-        jitted = jax.jit(kv.padded, static_argnames="slots")
-        return self._ready(
-            Key("grow", batch_size, old), jitted, {"leaf": leaf}, slots=slots
-        )
-
-    def everything(
-        self, batch_size: int, capacities: Sequence[int], steps: Sequence[int]
-    ) -> Iterator[Callable[[], Any]]:
-        """Functions that make every executable of a batch size, and run none."""
-        config, vocab_size = self.model.config, self.model.config.vocab_size
-        logits = jax.ShapeDtypeStruct((batch_size, vocab_size), np.float32)
-        kinds = [_rows(params, batch_size, vocab_size) for params in _KINDS]
-        going_on = np.ones(batch_size, bool)
-        for rows in kinds:
-            yield functools.partial(self.first, logits, sampling.start(rows), rows)
-        for old, new in itertools.zip_longest(capacities, capacities[1:]):
-            cache = kv.cache_shapes(config, batch_size, old, policy=self.policy)
-            yield functools.partial(self.empty, batch_size, old)
-            for size in decode.chunk_sizes(config):
-                tokens = np.zeros((batch_size, size), np.int32)
-                lengths = tokens[:, 0]
-                yield functools.partial(
-                    self.prefill, old, cache, logits, tokens, lengths
-                )
-            for rows, chunk in itertools.product(kinds, steps):
-                yield functools.partial(
-                    self.decode,
-                    old,
-                    chunk,
-                    cache=cache,
-                    progress=sampling.start(rows),
-                    rows=rows,
-                    going_on=going_on,
-                )
-            if new is not None:
-                leaf = cache["layers_0"]["attention"]["k"]
-                yield functools.partial(self.grow, leaf, batch_size, old, new)
-
-    def _ready(
-        self, key: Key, function: Any, arguments: dict[str, Any], **static: Any
-    ) -> Any:
-        """A call without arguments; compiled now, if it is the first of its key.
-
-        The arguments may be shapes, if the call is not made.
+        Raises:
+          CompileForbiddenError: inside `forbidden`, if it was not.
         """
-        if key.name in ("prefill", "decode"):
-            arguments = {"params": self.params, **arguments}
-            static = {"model": self.model, "policy": self.policy, **static}
-        if key not in self._table:
-            if self._forbidden:
-                raise CompileForbiddenError(
-                    f"{key} is not compiled yet: call warmup(batch_sizes="
-                    f"({key.batch_size},)) before forbid_compile()"
-                )
-            start = time.perf_counter()
-            self._table[key] = function.lower(**arguments, **static).compile()
-            self.seconds[str(key)] = time.perf_counter() - start
-        return functools.partial(self._table[key], **arguments)
+        if key in self._table:
+            return 0.0
+        if self._forbidden:
+            raise CompileForbiddenError(
+                f"{key} is not compiled yet: call warmup(batch_sizes="
+                f"({key.batch_size},)) before forbid_compile()"
+            )
+        start = time.perf_counter()
+        self._table[key] = self._lower(key).compile()
+        self.seconds[key] = time.perf_counter() - start
+        return self.seconds[key]
+
+    def larger_slots(self, capacity: int) -> int:
+        """Slots of a layer in a cache of the next capacity."""
+        return kv.num_slots(self.model.config, self._larger(capacity), self.policy)
+
+    def _larger(self, capacity: int) -> int:
+        """The next capacity; 0 behind the last."""
+        return next((c for c in self.capacities if c > capacity), 0)
+
+    def _lower(self, key: Key) -> Any:
+        """Traces a function for arguments of its key's shapes."""
+        config, batch_size = self.model.config, key.batch_size
+        static = {"model": self.model, "policy": self.policy}
+        shape = (config.vocab_size,)
+        logits = jax.ShapeDtypeStruct((batch_size, *shape), np.float32)
+        requests = _requests(bool(key.sampling), batch_size, config.vocab_size)
+        state = sampling.initial_state(requests)
+        if key.name == "first_token":
+            return decode.first_tokens.lower(
+                logits=logits, state=state, requests=requests
+            )
+        policy = {"policy": self.policy}
+        cache = kv.cache_shapes(config, batch_size, key.capacity, **policy)
+        if key.name == "init_cache":
+            empty = functools.partial(
+                kv.init_cache, config, batch_size, key.capacity, **policy
+            )
+            return jax.jit(empty, out_shardings=self._device).lower()
+        if key.name == "grow_cache":
+            leaf = cache["layers_0"]["attention"]["k"]
+            padded = jax.jit(kv.padded, static_argnames="slots")
+            return padded.lower(leaf=leaf, slots=self.larger_slots(key.capacity or 0))
+        arguments = {"params": self.params, "cache": cache}
+        if key.name == "prefill":
+            tokens = jax.ShapeDtypeStruct((batch_size, key.size), np.int32)
+            remaining = jax.ShapeDtypeStruct((batch_size,), np.int32)
+            arguments |= {"logits": logits, "tokens": tokens, "remaining": remaining}
+            return decode.prefill_chunk.lower(**arguments, **static)
+        arguments |= {"state": state, "requests": requests}
+        arguments["unfinished"] = jax.ShapeDtypeStruct((batch_size,), np.bool_)
+        return decode.decode_requests.lower(**arguments, **static, steps=key.size)
 
 
-_KINDS = (sampling.SamplingParams(temperature=0.0), sampling.SamplingParams())
-
-
-def _rows(params: sampling.SamplingParams, count: int, vocab_size: int):
-    """Rows of a kind, greedy or sampling, for their shapes."""
-    return sampling.rows(
-        [params] * count,
-        sample_indices=range(count),
-        prompts=[[0]] * count,
-        budgets=[1] * count,
+def _requests(sample: bool, batch_size: int, vocab_size: int):
+    """Requests of a kind, for their shapes."""
+    one = sampling.SamplingParams(temperature=1.0 if sample else 0.0)
+    return sampling.request_arrays(
+        [one] * batch_size,
+        sample_indices=range(batch_size),
+        prompts=[[0]] * batch_size,
+        budgets=[1] * batch_size,
         eos_token_ids=(),
         known=np.ones(vocab_size, bool),
     )

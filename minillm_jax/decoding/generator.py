@@ -1,6 +1,7 @@
 """Generator: prompts in, text out, with a bounded number of executables."""
 
 import contextlib
+import functools
 import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -8,21 +9,22 @@ from typing import Any
 import numpy as np
 
 from minillm_jax import progress, validation
-from minillm_jax.decoding import decode, requests, sampling
+from minillm_jax.config import ModelConfig
+from minillm_jax.decoding import requests
+from minillm_jax.decoding.decode import Params
 from minillm_jax.decoding.executables import Executables
 from minillm_jax.decoding.requests import Completion, Prompt
-from minillm_jax.decoding.sampling import SamplingParams
+from minillm_jax.decoding.sampling import SamplingParams, request_arrays
 from minillm_jax.decoding.stream import Session, Stream
 from minillm_jax.model import cache as kv
 from minillm_jax.model import transformer
 from minillm_jax.text.tokenizer import Tokenizer
 
-SHORT, LONG = 4, 16  # steps of a decode chunk
-STREAMED, CHUNKS = (SHORT,), (SHORT, LONG)  # what a stream uses, and what `generate`
-SMALLEST = 256  # tokens of the smallest cache: below, the cost is the weights'
+# Steps of the decode chunks that a stream uses, and those that `generate` does.
+STREAM_STEPS, GENERATE_STEPS = (4,), (4, 16)
+SMALLEST_CAPACITY = 256  # tokens; a smaller cache would hardly cost less
 
 _log = logging.getLogger("minillm_jax")
-_told: set[str] = set()
 
 
 class Generator:
@@ -44,7 +46,7 @@ class Generator:
     def __init__(
         self,
         model: transformer.MiniLLM,
-        params: decode.Params,
+        params: Params,
         tokenizer: Tokenizer | None = None,
         overflow: str = "stop",
         num_sinks: int = 0,
@@ -57,8 +59,21 @@ class Generator:
                 "variables of a Linen module that is variables['params']"
             )
         self.model, self.tokenizer, self.policy = model, tokenizer, policy
-        self._run = Executables(model, params, policy)
-        self._known = self._run.put(_known_ids(tokenizer, model.config.vocab_size))
+        self._random = transformer.are_random(params)
+        self._executables = Executables(
+            model,
+            params,
+            policy,
+            capacities=capacities(model.config, policy),
+            steps=GENERATE_STEPS,
+        )
+        known = _known_ids(tokenizer, model.config.vocab_size)
+        self._known = self._executables.put(known)
+        if getattr(tokenizer, "eos_token_ids", ()) and not model.config.eos_token_ids:
+            _warn_once(
+                "the tokenizer has EOS ids, but config.eos_token_ids is empty: no "
+                "completion will end at one"
+            )
 
     def generate(
         self,
@@ -80,7 +95,8 @@ class Generator:
         """
         if isinstance(prompts, (list, tuple)) and not prompts:
             return []
-        with self._start(prompts, max_new_tokens, sampling, CHUNKS) as pieces:
+        pieces = self._start(prompts, max_new_tokens, sampling, GENERATE_STEPS)
+        with pieces:
             for _ in pieces:
                 pass
             return pieces.completions
@@ -102,16 +118,17 @@ class Generator:
           prompts: a text or token ids, or a list of these.
           max_new_tokens: for each of them.
           sampling: for all of them, or one for each.
-          session: keeps the cache of one prompt for the next that begins alike.
+          session: keeps the cache of one prompt for a later one that starts with the
+            same tokens.
         """
-        return self._start(prompts, max_new_tokens, sampling, STREAMED, session)
+        return self._start(prompts, max_new_tokens, sampling, STREAM_STEPS, session)
 
     def _start(
         self,
         prompts: Any,
         max_new_tokens: int,
-        params: Any,
-        chunks: tuple[int, ...],
+        sampling: Any,
+        steps: Sequence[int],
         session: Session | None = None,
     ) -> Stream:
         config = self.model.config
@@ -121,18 +138,12 @@ class Generator:
             self.policy,
             prompts,
             max_new_tokens=max_new_tokens,
-            sampling=params,
+            sampling=sampling,
         )
-        if session is not None and len(asked) != 1:
-            raise validation.ConfigError(
-                f"session: keeps the cache of one prompt, not of {len(asked)}"
-            )
-        if session is not None and session.owner not in (None, self._run):
-            raise validation.ConfigError(
-                "session: belongs to another Generator; make a new one for this"
-            )
-        arrays = sampling.rows(
-            [request.params for request in asked],
+        if session is not None:
+            session.check(self._executables, len(asked))
+        arrays = request_arrays(
+            [request.sampling for request in asked],
             sample_indices=[request.sample_index for request in asked],
             prompts=[request.prompt for request in asked],
             budgets=[request.budget for request in asked],
@@ -143,66 +154,61 @@ class Generator:
             requests.Row(index, request, self.tokenizer, config.eos_token_ids)
             for index, request in enumerate(asked)
         ]
-        self._tell_if_random()
-        return Stream(
-            self._run,
-            rows,
-            arrays,
-            capacities=self.capacities,
-            chunks=chunks,
-            session=session,
-        )
-
-    def _tell_if_random(self) -> None:
-        if "random" not in _told and transformer.are_random(self._run.params):
-            _told.add("random")
-            _log.warning("the weights are random: what they generate means nothing")
-
-    @property
-    def capacities(self) -> tuple[int, ...]:
-        """Tokens per row that caches are made for: powers of two, then the longest."""
-        longest, sinks = self.model.config.max_kv_cache_len, self.policy.num_sinks
-        sizes = (SMALLEST << shift for shift in range(longest.bit_length()))
-        return (*(size for size in sizes if sinks < size < longest), longest)
+        if self._random:
+            _warn_once("the weights are random: the output is noise")
+        return Stream(self._executables, rows, arrays, steps=steps, session=session)
 
     @property
     def compilations(self) -> dict[str, int]:
-        """How many executables there are, by name (see executables.py)."""
-        return self._run.counts
+        """How many executables there are of each name.
+
+        "prefill" and "decode" (chunks of prompts and of completions), "first_token",
+        "init_cache" and "grow_cache"; what each depends on is in executables.py.
+        """
+        return self._executables.counts
 
     @property
     def compile_seconds(self) -> dict[str, float]:
-        """Seconds that tracing and compiling each executable took."""
-        return dict(self._run.seconds)
+        """Seconds that tracing and compiling took, by executable."""
+        seconds = self._executables.seconds
+        return {str(key): seconds[key] for key in seconds}
 
     def forbid_compile(self) -> contextlib.AbstractContextManager[None]:
         """A block in which a call that would compile raises CompileForbiddenError."""
-        return self._run.forbidden()
+        return self._executables.forbidden()
 
     def warmup(self, batch_sizes: Iterable[int] = (1,)) -> dict[str, float]:
         """Compiles all that calls with as many prompts can need; runs nothing.
 
         After it nothing compiles, whatever the prompts, sampling fields, stop strings
-        and `max_new_tokens`. Shows a progress bar on a terminal.
+        and `max_new_tokens`. Shows a progress bar in a terminal or notebook.
 
         Returns:
           Seconds by executable, of those that were not there yet.
         """
-        before = done = self.compile_seconds
         bounds = validation.Range(1, kv.MAX_ROWS)
         sizes = [validation.whole_number("batch_sizes", b, bounds) for b in batch_sizes]
-        jobs = [
-            job
-            for size in sizes
-            for job in self._run.everything(size, self.capacities, CHUNKS)
-        ]
-        with progress.bar("compiling", len(jobs)) as bar:
-            for job in jobs:
-                job()
-                done = self.compile_seconds
-                name = next(reversed(done))
-                progress.advance(bar, f"compiled {name} in {done[name]:.1f} s")
-        return {name: done[name] for name in done if name not in before}
+        keys = [key for size in sizes for key in self._executables.keys(size)]
+        taken = {}
+        with progress.bar("compiling", len(keys)) as bar:
+            for key in keys:
+                seconds = self._executables.compile(key)
+                progress.advance(bar, f"compiled {key} in {seconds:.1f} s")
+                if seconds:
+                    taken[str(key)] = seconds
+        return taken
+
+
+def capacities(config: ModelConfig, policy: kv.CachePolicy) -> tuple[int, ...]:
+    """Tokens per row that caches are made for: powers of two, then the longest."""
+    longest, smallest = config.max_kv_cache_len, SMALLEST_CAPACITY
+    sizes = (smallest << shift for shift in range(longest.bit_length()))
+    return (*(size for size in sizes if policy.num_sinks < size < longest), longest)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    _log.warning(message)
 
 
 def _known_ids(tokenizer: Tokenizer | None, vocab_size: int) -> np.ndarray:
@@ -211,5 +217,5 @@ def _known_ids(tokenizer: Tokenizer | None, vocab_size: int) -> np.ndarray:
     if ids is None:
         return np.ones(vocab_size, bool)
     known = np.zeros(vocab_size, bool)
-    known[[i for i in ids if i < vocab_size]] = True
+    known[[i for i in ids if 0 <= i < vocab_size]] = True
     return known

@@ -12,7 +12,7 @@ import numpy as np
 
 from minillm_jax import validation
 from minillm_jax.config import MAX_POSITIONS, ConfigError, ModelConfig
-from minillm_jax.decoding import decode
+from minillm_jax.decoding import checks
 from minillm_jax.decoding.sampling import SamplingParams
 from minillm_jax.model import cache as kv
 from minillm_jax.text.streaming import TextStream
@@ -25,7 +25,7 @@ Prompt = str | Sequence[int] | np.ndarray | jax.Array
 class CacheUse:
     """A row's share of the cache, in tokens."""
 
-    tokens: int  # prompt and completion together
+    tokens: int  # prompt and completion; the last one sampled is not written yet
     capacity: int  # what a row can hold, or see in a ring: max_kv_cache_len
     allocated: int  # what the cache was large enough for at the end
 
@@ -65,7 +65,7 @@ class Request:
     """One prompt with everything that decides its completion."""
 
     prompt: list[int]
-    params: SamplingParams
+    sampling: SamplingParams
     sample_index: int
     max_new_tokens: int
     budget: int  # tokens that will be generated unless something stops them before
@@ -85,7 +85,7 @@ def make_requests(
     Raises:
       CacheOverflowError: if a prompt is longer than the cache or, under "error", if
         prompt and `max_new_tokens` do not fit.
-      ConfigError: for anything else that cannot be.
+      ConfigError: for any other invalid argument.
     """
     bounds = validation.Range(1, MAX_POSITIONS)
     max_new_tokens = validation.whole_number("max_new_tokens", max_new_tokens, bounds)
@@ -94,19 +94,19 @@ def make_requests(
         for index, prompt in enumerate(_as_list(prompts))
     ]
     shared = isinstance(sampling, SamplingParams)
-    params = [sampling] * len(ids) if shared else _as_params(sampling)
-    if len(params) != len(ids):
+    wanted = [sampling] * len(ids) if shared else _as_params(sampling)
+    if len(wanted) != len(ids):
         raise ConfigError(
-            f"sampling: {len(params)} SamplingParams for {len(ids)} prompts; give one, "
+            f"sampling: {len(wanted)} SamplingParams for {len(ids)} prompts; give one, "
             "or one per prompt"
         )
     requests = []
-    for index, (prompt, wanted) in enumerate(zip(ids, params, strict=True)):
-        _check_params(config, tokenizer, wanted)
+    for index, (prompt, params) in enumerate(zip(ids, wanted, strict=True)):
+        _check_params(config, tokenizer, params)
         room = _room(config, policy, index, prompt, max_new_tokens)
         place = index if shared else 0
         budget = min(max_new_tokens, room)
-        requests.append(Request(prompt, wanted, place, max_new_tokens, budget))
+        requests.append(Request(prompt, params, place, max_new_tokens, budget))
     return requests
 
 
@@ -124,18 +124,15 @@ def _as_list(prompts: Any) -> list[Any]:
     """One prompt, a text or ids, becomes a list of one."""
     if isinstance(prompts, str):
         return [prompts]
-    if hasattr(prompts, "__array__"):  # of NumPy or JAX
+    if hasattr(prompts, "__array__") and np.ndim(prompts) > 0:  # of NumPy or JAX
         prompts = list(np.asarray(prompts))
     if not isinstance(prompts, Sequence) or not prompts:
         raise ConfigError(
             f"prompts={validation.shown(prompts)}: must be a text, a list of token "
             "ids, or a list of these"
         )
-    if prompts and all(
-        np.ndim(item) == 0 and not isinstance(item, str) for item in prompts
-    ):
-        return [prompts]
-    return list(prompts)
+    several = any(isinstance(p, Sequence) or np.ndim(p) > 0 for p in prompts)
+    return list(prompts) if several else [prompts]
 
 
 def _token_ids(
@@ -148,13 +145,15 @@ def _token_ids(
                 "one, or token ids"
             )
         prompt = tokenizer.encode(prompt)
-    ids = np.asarray(prompt)
-    if ids.ndim != 1 or ids.size == 0:
-        raise ConfigError(f"prompt {index}: must have at least one token, in one row")
     try:
-        decode.check_tokens(config, ids)
-    except ValueError as error:
-        raise ConfigError(f"prompt {index}: {error}") from None
+        ids: Any = np.asarray(prompt)
+    except ValueError:  # lists of different lengths inside
+        ids = np.empty((0, 0))
+    if ids.ndim != 1:
+        raise ConfigError(f"prompt {index}: must be a text or a flat list of token ids")
+    if ids.size == 0:
+        raise ConfigError(f"prompt {index} is empty: give at least one token")
+    checks.check_tokens(config, ids, f"prompt {index}")
     return ids.tolist()
 
 
@@ -213,8 +212,8 @@ class Row:
         self.index, self.request = index, request
         self.tokens: list[int] = []
         self.finish_reason = None if request.budget else "cache_full"
-        self._stop_ids = {*eos_token_ids, *request.params.stop_token_ids}
-        self._stream = TextStream(tokenizer, request.params.stop)
+        self._stop_ids = {*eos_token_ids, *request.sampling.stop_token_ids}
+        self._stream = TextStream(tokenizer, request.sampling.stop)
         self._text: list[str] = []
         self._logprobs: list[float] = []
         self._top: list[dict[int, float]] = []
@@ -222,7 +221,7 @@ class Row:
     @property
     def wants_logprobs(self) -> bool:
         """Whether log-probabilities were asked for."""
-        return self.request.params.logprobs is not None
+        return self.request.sampling.logprobs is not None
 
     def push(self, token: int) -> Piece:
         """Takes the next token."""
@@ -242,15 +241,15 @@ class Row:
 
     def push_logprobs(self, chosen: float, ids: np.ndarray, top: np.ndarray) -> None:
         """Takes the log-probabilities of the next token, and of the likeliest."""
-        count = self.request.params.logprobs
+        count = self.request.sampling.logprobs
         assert count is not None
         pairs = zip(ids[:count].tolist(), top[:count].tolist(), strict=True)
-        self._logprobs.append(float(chosen))
+        self._logprobs.append(chosen)
         self._top.append(dict(pairs))
 
     def completion(self, capacity: int, allocated: int) -> Completion:
         """What there is so far."""
-        wanted, prompt = self.request.params.logprobs, len(self.request.prompt)
+        wanted, prompt = self.request.sampling.logprobs, len(self.request.prompt)
         return Completion(
             tokens=list(self.tokens),
             text="".join(self._text),

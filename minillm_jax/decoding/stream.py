@@ -1,9 +1,9 @@
 """The generating loop: prefill, then decode chunks, one ahead of the host.
 
-    device   prefill  first | chunk 1 | chunk 2 | chunk 3 | ...
-    host                     enqueue 1, read first
-                             enqueue 2, read chunk 1 -> pieces
-                                       enqueue 3, read chunk 2 -> pieces
+    device   prefill, first token | chunk 1 | chunk 2 | chunk 3 | ...
+    host                 enqueue 1, read the first token -> pieces
+                                  enqueue 2, read chunk 1 -> pieces
+                                            enqueue 3, read chunk 2 -> pieces
 
 A row that ends by its budget, an EOS or a stop id is masked inside its chunk. One that
 ends by a stop string, which only the host can see, is masked from the next chunk that
@@ -14,19 +14,19 @@ except of a Session's cache between two calls.
 """
 
 import collections
-import dataclasses
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from minillm_jax.config import ConfigError
 from minillm_jax.decoding import decode, sampling
-from minillm_jax.decoding.executables import Executables
+from minillm_jax.decoding.executables import Executables, Key
 from minillm_jax.decoding.requests import Completion, Piece, Row
+from minillm_jax.model import cache as kv
 
 
-@dataclasses.dataclass
 class Session:
     """A cache that outlives a call, for prompts that continue each other.
 
@@ -34,23 +34,57 @@ class Session:
     the turns of a chat: what the cache holds already is not prefilled again.
     """
 
-    tokens: list[int] = dataclasses.field(default_factory=list)  # prompt and completion
-    cache: dict[str, Any] | None = None
-    capacity: int = 0  # tokens the cache is large enough for
-    owner: Executables | None = None  # of the Generator that made the cache
+    def __init__(self) -> None:
+        self._owner: Executables | None = None
+        self._tokens: list[int] = []  # of the last prompt and its completion
+        self._cache: dict[str, Any] | None = None
+        self._capacity = 0
 
-    def reusable(self, prompt: Sequence[int], ring: bool) -> int:
-        """Tokens at the beginning of `prompt` that need no prefill."""
-        if self.cache is None:
-            return 0
-        pairs = zip(self.tokens, prompt[:-1], strict=False)  # the last one gives logits
-        common = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
-        if common is None:
-            common = min(len(self.tokens), len(prompt) - 1)
-        held = int(np.asarray(self.cache["lengths"])[0])
-        common = min(common, held)
-        wrapped = ring and held > self.capacity
-        return 0 if wrapped and common < held else common  # the older ones are gone
+    @property
+    def tokens(self) -> list[int]:
+        """The last prompt and its completion."""
+        return list(self._tokens)
+
+    def check(self, owner: Executables, num_prompts: int) -> None:
+        """Raises ConfigError where a call cannot have this session."""
+        if num_prompts != 1:
+            raise ConfigError(
+                f"session: keeps the cache of one prompt, not of {num_prompts}"
+            )
+        if self._owner not in (None, owner):
+            raise ConfigError(
+                "session: belongs to another Generator; make a new one for this"
+            )
+
+    def take(self, prompt: Sequence[int]) -> tuple[dict[str, Any], int, int] | None:
+        """The cache, its capacity and how much of the prompt it holds, if it has one.
+
+        The prompt's last token is never among that: its logits are needed.
+        """
+        if self._cache is None or self._owner is None:
+            return None
+        cache, self._cache = self._cache, None
+        pairs = zip(self._tokens, prompt[:-1], strict=False)
+        same = [a == b for a, b in pairs]
+        held = int(np.asarray(cache["lengths"])[0])
+        common = min(same.index(False) if False in same else len(same), held)
+        run = self._owner
+        if not kv.can_rewind(run.model.config, cache, run.policy, held, common):
+            common = 0
+        cache = cache | {"lengths": run.put(np.array([common], np.int32))}
+        return cache, self._capacity, common
+
+    def keep(
+        self,
+        owner: Executables,
+        cache: dict[str, Any],
+        capacity: int,
+        tokens: list[int],
+    ) -> None:
+        """Takes the cache of a call that has ended, however it did."""
+        if not any(leaf.is_deleted() for leaf in jax.tree.leaves(cache)):
+            self._owner, self._tokens = owner, tokens
+            self._cache, self._capacity = cache, capacity
 
 
 class Stream:
@@ -63,20 +97,19 @@ class Stream:
         self,
         executables: Executables,
         rows: Sequence[Row],
-        arrays: sampling.Rows,
+        requests: sampling.RequestArrays,
         *,
-        capacities: Sequence[int],
-        chunks: Sequence[int],
+        steps: Sequence[int],
         session: Session | None = None,
     ):
         self.prefilled_tokens = 0  # of the prompts; the rest was in the cache
-        self._run, self._rows = executables, rows
-        self._arrays, self._capacities = arrays, capacities
-        self._chunks = sorted(chunks, reverse=True)
-        self._session, self._capacity = session, 0
+        self._executables, self._rows = executables, rows
+        self._requests, self._session = requests, session
+        self._steps = sorted(steps, reverse=True)
+        self._capacity = 0
         self._enqueued = 0  # decode steps
         self._cache: Any = None
-        self._progress: Any = None
+        self._state: Any = None
         self._pieces = self._generate()
 
     def __iter__(self) -> Iterator[Piece]:
@@ -98,7 +131,7 @@ class Stream:
     @property
     def completions(self) -> list[Completion]:
         """One for each prompt, in their order; finished rows have a finish_reason."""
-        longest = self._run.model.config.max_kv_cache_len
+        longest = self._executables.model.config.max_kv_cache_len
         return [row.completion(longest, self._capacity) for row in self._rows]
 
     def _generate(self) -> Generator[Piece]:
@@ -113,8 +146,12 @@ class Stream:
                         waiting.append(self._decode())
                     yield from self._read(waiting.popleft())
         finally:
-            self._keep_session()
-            self._cache = self._progress = None
+            if self._session is not None and self._cache is not None:
+                tokens = self._rows[0].request.prompt + self._rows[0].tokens
+                self._session.keep(
+                    self._executables, self._cache, self._capacity, tokens
+                )
+            self._cache = self._state = None
 
     def _unfinished(self) -> list[Row]:
         return [row for row in self._rows if row.finish_reason is None]
@@ -124,12 +161,20 @@ class Stream:
         budgets = [row.request.budget for row in self._unfinished()]
         return max(budgets, default=0) - 1 - self._enqueued
 
+    def _key(self, name: str, size: int | None = None) -> Key:
+        """The executable for these rows and their cache as it is now."""
+        kind = self._requests.sampler is not None
+        if name == "first_token":
+            return Key(name, len(self._rows), sampling=kind)
+        sampled = kind if name == "decode" else None
+        return Key(name, len(self._rows), self._capacity, size, sampled)
+
     def _prefill(self) -> sampling.Sampled:
-        """Enqueues the prompts, and the tokens that follow them."""
-        run, config = self._run, self._run.model.config
-        held = self._make_cache()
+        """Enqueues the prompts, and their first tokens."""
+        run, config = self._executables, self._executables.model.config
+        held = self._take_cache()
         prompts = [row.request.prompt[held:] for row in self._rows]
-        budgets = self._arrays.budget
+        budgets = self._requests.budget
         lengths = np.where(budgets > 0, [len(prompt) for prompt in prompts], 0)
         tokens = np.zeros((len(prompts), lengths.max()), np.int32)
         for row, length in enumerate(lengths):
@@ -137,43 +182,39 @@ class Stream:
         self.prefilled_tokens = int(lengths.sum())
 
         logits: Any = np.zeros((len(prompts), config.vocab_size), np.float32)
-        chunks = decode.prompt_chunks(
-            config, tokens, lengths.astype(np.int32), tokens.shape[1]
+        lengths = lengths.astype(np.int32)
+        for chunk, remaining in decode.prompt_chunks(
+            config, tokens, lengths, tokens.shape[1]
+        ):
+            logits, self._cache = run(
+                self._key("prefill", chunk.shape[1]),
+                cache=self._cache,
+                logits=logits,
+                tokens=chunk,
+                remaining=remaining,
+            )
+        state = run.put(sampling.initial_state(self._requests))
+        self._requests = run.put(self._requests)
+        key = self._key("first_token")
+        sampled, self._state = run(
+            key, logits=logits, state=state, requests=self._requests
         )
-        for chunk, left in chunks:
-            logits, self._cache = run.prefill(
-                self._capacity, self._cache, logits, chunk, left
-            )()
-        progress = run.put(sampling.start(self._arrays))
-        self._arrays = run.put(self._arrays)
-        sampled, self._progress = run.first(logits, progress, self._arrays)()
         return sampled
 
-    def _make_cache(self) -> int:
+    def _take_cache(self) -> int:
         """A cache for the prompts; returns how many tokens of them it holds."""
-        session, needed = self._session, self._tokens_after(self._chunks[-1])
-        if session is None or session.cache is None:
-            larger = (c for c in self._capacities if c >= needed)
-            self._capacity = next(larger, self._capacities[-1])
-            self._cache = self._run.empty(len(self._rows), self._capacity)()
-            return 0
-        ring = self._run.policy.overflow == "ring"
-        held = session.reusable(self._rows[0].request.prompt, ring)
-        lengths = self._run.put(np.array([held], np.int32))
-        self._cache, self._capacity = session.cache, session.capacity
-        self._cache = self._cache | {"lengths": lengths}
-        session.cache, session.tokens = None, []
-        self._grow(needed)
-        return held
-
-    def _keep_session(self) -> None:
-        if self._session is None or self._cache is None:
-            return
-        if not self._cache["lengths"].is_deleted():
-            row = self._rows[0]
-            self._session.tokens = row.request.prompt + row.tokens
-            self._session.cache, self._session.capacity = self._cache, self._capacity
-            self._session.owner = self._run
+        needed = self._tokens_after(self._steps[-1])
+        prompt = self._rows[0].request.prompt
+        taken = self._session.take(prompt) if self._session is not None else None
+        if taken is not None:
+            self._cache, self._capacity, held = taken
+            self._grow(needed)
+            return held
+        capacities = self._executables.capacities
+        larger = (c for c in capacities if c >= needed)
+        self._capacity = next(larger, capacities[-1])
+        self._cache = self._executables(self._key("init_cache"))
+        return 0
 
     def _tokens_after(self, steps: int) -> int:
         """The longest row's prompt and completion after as many steps more."""
@@ -188,35 +229,34 @@ class Stream:
 
         Leaf by leaf: the peak is the cache and one leaf of the next.
         """
-        batch_size = len(self._rows)
-        while self._capacity < min(tokens, self._capacities[-1]):
-            old = self._capacity
-            new = next(c for c in self._capacities if c > old)
+        capacities = self._executables.capacities
+        while self._capacity < min(tokens, capacities[-1]):
+            slots = self._executables.larger_slots(self._capacity)
+            key = self._key("grow_cache")
 
-            def grow(leaf: jax.Array, old: int = old, new: int = new) -> jax.Array:
-                grown = self._run.grow(leaf, batch_size, old, new)()
-                if grown is not leaf:
-                    grown.block_until_ready()
-                    leaf.delete()
+            def grow(leaf: jax.Array, slots: int = slots, key: Key = key) -> jax.Array:
+                if leaf.ndim == 1 or leaf.shape[-2] >= slots:
+                    return leaf
+                grown = self._executables(key, leaf=leaf).block_until_ready()
+                leaf.delete()
                 return grown
 
             self._cache = jax.tree.map(grow, self._cache)
-            self._capacity = new
+            self._capacity = next(c for c in capacities if c > self._capacity)
 
     def _decode(self) -> sampling.Sampled:
         """Enqueues the next chunk, the longest that is not longer than needed."""
         left = self._steps_left()
-        steps = next((c for c in self._chunks if c <= left), self._chunks[-1])
+        steps = next((s for s in self._steps if s <= left), self._steps[-1])
         self._grow(self._tokens_after(steps))
-        going_on = np.array([row.finish_reason is None for row in self._rows])
-        sampled, self._progress, self._cache = self._run.decode(
-            self._capacity,
-            steps,
+        unfinished = np.array([row.finish_reason is None for row in self._rows])
+        sampled, self._state, self._cache = self._executables(
+            self._key("decode", steps),
             cache=self._cache,
-            progress=self._progress,
-            rows=self._arrays,
-            going_on=going_on,
-        )()
+            state=self._state,
+            requests=self._requests,
+            unfinished=unfinished,
+        )
         self._enqueued += steps
         for leaf in jax.tree.leaves(sampled):
             leaf.copy_to_host_async()
@@ -224,13 +264,16 @@ class Stream:
 
     def _read(self, sampled: sampling.Sampled) -> Iterator[Piece]:
         """Waits for a chunk, and gives its tokens to their rows."""
-        tokens = np.asarray(sampled.tokens)
-        reported = {row.index for row in self._unfinished() if row.wants_logprobs}
-        logprobs = [np.asarray(x) for x in sampled[1:]] if reported else []
-        for step in range(tokens.shape[1]):
+        if not any(row.wants_logprobs for row in self._unfinished()):
+            sampled = sampling.Sampled(sampled.tokens, None, None, None)
+        host: Any = jax.tree.map(np.asarray, sampled)
+        for step in range(host.tokens.shape[1]):
             for row in self._unfinished():
                 at = (row.index, step)
-                if row.index in reported:
-                    row.push_logprobs(*(x[at] for x in logprobs))
-                assert tokens[at] >= 0, f"row {row.index} ended on the device alone"
-                yield row.push(int(tokens[at]))
+                if row.wants_logprobs:
+                    chosen = float(host.logprobs[at])
+                    row.push_logprobs(chosen, host.top_ids[at], host.top_logprobs[at])
+                assert host.tokens[at] >= 0, (
+                    f"row {row.index} ended on the device alone"
+                )
+                yield row.push(int(host.tokens[at]))

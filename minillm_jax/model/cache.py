@@ -291,6 +291,20 @@ def slot_positions(
     return jnp.where((position >= first) & (position <= last), position, -1)
 
 
+def can_rewind(
+    config: ModelConfig, cache: Cache, policy: CachePolicy, held: int, to: int
+) -> bool:
+    """Whether rows of `held` tokens can go on from their first `to`.
+
+    By setting `lengths` alone. In a ring newer tokens have overwritten older ones; its
+    spare slots let `prefill_chunk` tokens be taken back, and any before the first wrap.
+    """
+    if held - to <= config.prefill_chunk:
+        return True
+    slots = [leaf.shape[-2] for leaf in _leaves(cache)]
+    return all(not slot_rule(config, s, policy).wraps or held <= s for s in slots)
+
+
 def insert(cache: Cache, row: int | Int[Array, ""], source: Cache) -> dict[str, Any]:
     """`cache` with row `row` replaced by the only row of `source`.
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from minillm_jax.text.tokenizer import Tokenizer
 
 REPLACEMENT = "\ufffd"  # what decoders write for bytes that are no character (yet)
-LONGEST = 4  # bytes of a character in UTF-8
-PATIENCE = 16  # tokens without a character, after which some are surely broken
+MAX_UTF8_BYTES = 4  # of a character
+MAX_HELD_TOKENS = 16  # then give up waiting: no character spans so many tokens
 
 
 class Detokenizer:
@@ -34,13 +34,14 @@ class Detokenizer:
 
     def push(self, token: int) -> str:
         """The text that `token` completes; "" while a character is not whole."""
+        # Twice, because a lone "\u2581" decodes to "" too: leading spaces are stripped.
         if not self._decode([token, token]):
             return ""  # a special token, which no window would get past
         self._window.append(token)
         text = self._decode(self._window)
         if text.endswith(REPLACEMENT):
             waiting = len(self._window) - self._num_shown
-            return self._release_broken(text) if waiting > PATIENCE else ""
+            return self._release_broken(text) if waiting > MAX_HELD_TOKENS else ""
         released = text[len(self._shown) :]
         if released:
             self._window = self._window[self._num_shown :]
@@ -56,7 +57,7 @@ class Detokenizer:
 
     def _release_broken(self, text: str) -> str:
         """All but the last tokens, if the text falls apart in two before them."""
-        for length in range(1, LONGEST + 1):
+        for length in range(1, MAX_UTF8_BYTES + 1):
             head = self._decode(self._window[:-length])
             if head + self._decode(self._window[-length:]) == text:
                 released = head[len(self._shown) :]
@@ -79,17 +80,13 @@ class StopStrings:
         if self.stopped:
             return ""
         held = self._held + text
-        # Ties go to the longest. Character by character, so that what comes at once
-        # does not matter: "abc" with the stops "abc" and "b" ends at "b".
-        ends = [
-            (held.find(stop) + len(stop), -len(stop))
-            for stop in self._stop
-            if stop in held
-        ]
-        if ends:
-            end, length = min(ends)
+        # The one that is completed first; of several at once, the longest. Whatever
+        # comes in one go: "abc" with the stops "abc" and "b" ends at "b".
+        found = [stop for stop in self._stop if stop in held]
+        if found:
+            first = min(found, key=lambda s: (held.find(s) + len(s), -len(s)))
             self.stopped, self._held = True, ""
-            return held[: end + length]
+            return held[: held.find(first)]
         keep = self._longest_beginning(held)
         self._held = held[len(held) - keep :]
         return held[: len(held) - keep]

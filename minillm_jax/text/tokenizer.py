@@ -26,7 +26,12 @@ class TokenizerError(ValueError):
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What a Generator needs. `known_ids`, if there is one, limits what it samples."""
+    """What a Generator needs.
+
+    Optional, as the two tokenizers here have them: `known_ids`, which limits what is
+    sampled; `eos_token_ids`, which belong into `config.eos_token_ids`; `encode_chat`
+    and `chat_stop`, for conversations.
+    """
 
     def encode(self, text: str) -> Sequence[int]:
         """The ids of a prompt, with BOS where the model expects one."""

@@ -70,7 +70,7 @@ RUNS = {
 }
 # Arguments -> words that the line must hold.
 MISTAKES = {
-    ("--prompt=",): ("prompt 0", "at least one token"),
+    ("--prompt=",): ("prompt 0 is empty", "at least one token"),
     ("--prompt=a", "--prompt_file=b"): ("--prompt and --prompt_file",),
     ("--prompt_file=/nowhere",): ("/nowhere", "No such file"),
     ("--prompt_file=TMP/latin.txt",): ("latin.txt", "not UTF-8"),
@@ -98,7 +98,7 @@ MISTAKES = {
         *("does not fit", "GB"),
     ),
     ("stray", "--prompt=a"): ("stray arguments",),
-    (): ("prompt 0", "at least one token"),
+    (): ("prompt 0 is empty", "at least one token"),
 }
 
 

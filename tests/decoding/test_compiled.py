@@ -43,7 +43,7 @@ def _compiled(model, batch_size, kind, policy):
     if kind == "step":
         lowered = mj.decode_step.lower(model, params, cache, tokens, policy=policy)
     elif kind == "sampling":
-        rows = sampling.rows(
+        rows = sampling.request_arrays(
             [mj.SamplingParams()] * batch_size,
             sample_indices=range(batch_size),
             prompts=[[0]] * batch_size,
@@ -51,8 +51,8 @@ def _compiled(model, batch_size, kind, policy):
             eos_token_ids=(),
             known=np.ones(CONFIG.vocab_size, bool),
         )
-        lowered = decode.decode_rows.lower(
-            *(model, params, cache, sampling.start(rows), rows),
+        lowered = decode.decode_requests.lower(
+            *(model, params, cache, sampling.initial_state(rows), rows),
             np.ones(batch_size, bool),
             steps=8,
             policy=policy,

@@ -20,6 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minillm_jax.decoding import sampler as maths
 from minillm_jax.decoding import sampling
 from minillm_jax.decoding.sampling import SamplingParams
 from minillm_jax.validation import ConfigError
@@ -34,19 +35,19 @@ GREEDY = SamplingParams(temperature=0.0)
 
 BATCH = 24  # rows of every call here, so that each vocabulary compiles once
 
-compiled_choose = jax.jit(sampling.choose)
+compiled_choose = jax.jit(sampling.sample_step)
 
 
-def choose(logits, progress, rows):
-    """`sampling.choose`, on the host; the last row is repeated, and cut off again."""
+def choose(logits, state, rows):
+    """`sample_step`, on the host; the last row is repeated, and cut off again."""
     count = len(logits)
 
     def padded(leaf):
         return np.concatenate([leaf, np.repeat(leaf[-1:], BATCH - count, axis=0)])
 
-    wide = jax.tree.map(padded, (logits, progress, rows._replace(known=rows.budget)))
-    logits, progress, wide = wide
-    result = compiled_choose(logits, progress, wide._replace(known=rows.known))
+    wide = jax.tree.map(padded, (logits, state, rows._replace(known=rows.budget)))
+    logits, state, wide = wide
+    result = compiled_choose(logits, state, wide._replace(known=rows.known))
     return jax.tree.map(lambda leaf: np.asarray(leaf)[:count], result)
 
 
@@ -60,7 +61,7 @@ def rows_of(params, vocab_size, **changes):
         "eos_token_ids": (),
         "known": np.ones(vocab_size, bool),
     }
-    return sampling.rows(params, **(arguments | changes))
+    return sampling.request_arrays(params, **(arguments | changes))
 
 
 def sampler_of(params, vocab_size, **changes):
@@ -141,7 +142,7 @@ def golden_settings(case):
 
 @jax.jit
 def all_weights(logits, sampler, counts):
-    return sampling.kept_weights(sampling.penalised(logits, sampler, counts), sampler)
+    return maths.kept_weights(maths.penalised(logits, sampler, counts), sampler)
 
 
 def probabilities(logits, params, prompt, history):
@@ -172,33 +173,33 @@ def test_probabilities_equal_those_of_transformers(name):
 
 
 @functools.partial(jax.jit, static_argnames="draws")
-def many_tokens(logits, rows, progress, varied, *, draws):
+def many_tokens(logits, rows, state, varied, *, draws):
     """`choose` for one request again and again, `varied` being each draw's own."""
 
     def repeated(leaf):
         return jnp.broadcast_to(leaf, (draws, *leaf.shape[1:]))
 
-    logits, progress = repeated(logits), jax.tree.map(repeated, progress)
+    logits, state = repeated(logits), jax.tree.map(repeated, state)
     wide = rows._replace(known=rows.known[None])
     rows = jax.tree.map(repeated, wide)._replace(known=rows.known)
     keys = {k: v for k, v in varied.items() if k != "generated"}
     rows = rows._replace(sampler=rows.sampler._replace(**keys))
-    progress = progress._replace(generated=varied["generated"])
-    return sampling.choose(logits, progress, rows)[0].tokens
+    state = state._replace(generated=varied["generated"])
+    return sampling.sample_step(logits, state, rows)[0].tokens
 
 
 def drawn(logits, params, vary, *, prompt=(0,), history=(), draws=8192):
     size = len(logits)
     rows = rows_of([params], size, prompts=[prompt], budgets=[2**31 - 1])
     counts = counted(np.array(history, int), size)[None]
-    progress = sampling.start(rows)._replace(counts=counts)
+    state = sampling.initial_state(rows)._replace(counts=counts)
     varied = {
         "seed": np.full(draws, params.seed, np.uint32),
         "sample_index": np.zeros(draws, np.int32),
         "generated": np.zeros(draws, np.int32),
     }
     varied[vary] = np.arange(draws, dtype=varied[vary].dtype)
-    return np.asarray(many_tokens(logits[None], rows, progress, varied, draws=draws))
+    return np.asarray(many_tokens(logits[None], rows, state, varied, draws=draws))
 
 
 def chi_square_excess(tokens, probs):
@@ -277,7 +278,7 @@ def test_draws_have_the_distribution_asked_for(name, vary):
     prompt, history = (1, 6, 6), (2, 5, 2, 2, 9)
     probs = reference_probabilities(logits, params, prompt, history)
     if "beyond" in name:
-        assert np.sum(probs > 0) > sampling.CANDIDATES
+        assert np.sum(probs > 0) > maths.NUM_CANDIDATES
     tokens = drawn(logits, params, vary, prompt=prompt, history=history)
     assert not np.any(probs[tokens] == 0)
     assert chi_square_excess(tokens, probs) < 1
@@ -288,11 +289,11 @@ def test_draws_have_the_distribution_asked_for(name, vary):
 
 @functools.cache
 def kept_weights_with(candidates):
-    """`kept_weights`, traced as if CANDIDATES were another number."""
+    """`kept_weights`, traced as if NUM_CANDIDATES were another number."""
 
     def weights(logits, sampler):
-        with mock.patch.object(sampling, "CANDIDATES", candidates):
-            return sampling.kept_weights(logits, sampler)
+        with mock.patch.object(maths, "NUM_CANDIDATES", candidates):
+            return maths.kept_weights(logits, sampler)
 
     return jax.jit(weights)
 
@@ -334,12 +335,12 @@ kept_settings = st.fixed_dictionaries(
 def check_kept(logits, fields):
     params = SamplingParams(**fields)
     sampler = sampler_of([params], logits.size)
-    temperature = max(np.float32(params.temperature), np.float32(sampling.COLDEST))
+    temperature = max(np.float32(params.temperature), np.float32(maths.MIN_TEMPERATURE))
     with np.errstate(over="ignore"):
         x = ((logits - logits.max()) / temperature).astype(np.float64)
     kept, doubt = reference_kept(x, params)
     known = np.where(kept & ~doubt, np.exp(x), 0.0)
-    for candidates in (sampling.CANDIDATES, 3, 300):
+    for candidates in (maths.NUM_CANDIDATES, 3, 300):
         weights = kept_weights_with(candidates)(logits[None], sampler)
         weights = np.asarray(weights)[0]
         assert np.all(np.isfinite(weights))
@@ -385,7 +386,7 @@ def neighbourhoods(weights):
 
 
 draw_each = jax.jit(
-    jax.vmap(lambda weights, u: sampling._draw(weights[None], u[None])[0], (None, 0))
+    jax.vmap(lambda weights, u: maths._draw(weights[None], u[None])[0], (None, 0))
 )
 
 
@@ -406,7 +407,7 @@ def test_no_uniform_number_draws_a_token_of_weight_0(size):
 # running sum moves, or falls, at a block without weight.
 def test_no_uniform_number_draws_a_block_of_weight_0():
     generator, blocks = np.random.default_rng(0), 782
-    weights = np.zeros((blocks, sampling.BLOCK), np.float32)
+    weights = np.zeros((blocks, maths.BLOCK_SIZE), np.float32)
     for _ in range(4):
         sums = np.exp(3 * generator.standard_normal(blocks)).astype(np.float32)
         sums[generator.random(blocks) < 0.5] = 0.0
@@ -423,7 +424,7 @@ def test_the_key_is_of_seed_sample_index_and_generated(seed):
     params = [SamplingParams(seed=seed)] * 4
     sampler = sampler_of(params, 256, sample_indices=indices)
     logits = np.zeros((4, 256), np.float32)
-    tokens = jax.jit(sampling.sample)(logits, sampler, np.int32(generated))
+    tokens = jax.jit(maths.sample)(logits, sampler, np.int32(generated))
     for token, index, number in zip(tokens, indices, generated, strict=True):
         key = jax.random.fold_in(jax.random.key(np.uint32(seed)), index)
         uniform = jax.random.uniform(jax.random.fold_in(key, number))
@@ -449,7 +450,9 @@ def test_temperature_0_takes_the_first_of_the_largest_beside_sampling_rows(size)
     prompt, history = [2, 8], [4, 4, 9]
     rows = rows_of(params, size, prompts=[prompt] * 8)
     counts = np.tile(counted(history, size), (8, 1))
-    sampled, _ = choose(logits, sampling.start(rows)._replace(counts=counts), rows)
+    sampled, _ = choose(
+        logits, sampling.initial_state(rows)._replace(counts=counts), rows
+    )
     for row in range(0, 8, 2):
         x = reference_penalised(logits[row], params[row], prompt, history)
         assert size == 10 or np.sum(x == x.max()) > 1
@@ -463,16 +466,16 @@ def test_rows_that_are_all_greedy_take_the_first_of_the_largest(size):
     logits[4, 7] = -1e30
     rows = rows_of([GREEDY] * 5, size)
     assert rows.sampler is None
-    sampled, progress = choose(logits, sampling.start(rows), rows)
+    sampled, state = choose(logits, sampling.initial_state(rows), rows)
     assert sampled.tokens.tolist() == np.argmax(logits, axis=-1).tolist()
-    assert (sampled.logprobs, sampled.top_ids, progress.counts) == (None, None, None)
+    assert (sampled.logprobs, sampled.top_ids, state.counts) == (None, None, None)
 
 
 @pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-30, 1e-8, 1e-6])
 def test_a_tiny_temperature_draws_the_likeliest(temperature):
     logits = np.random.default_rng(0).permutation(300).astype(np.float32)[None] / 100
     rows = rows_of([SamplingParams(temperature=temperature, seed=5)], 300)
-    sampled, _ = choose(logits, sampling.start(rows), rows)
+    sampled, _ = choose(logits, sampling.initial_state(rows), rows)
     assert int(sampled.tokens[0]) == np.argmax(logits)
 
 
@@ -492,11 +495,11 @@ def mixed_call(logits, params, places, generated):
     prompts = [[place, 40] for place in places]
     rows = rows_of(params, size, prompts=prompts, sample_indices=places)
     counts = np.stack([counted([place, 8, 8], size) for place in places])
-    progress = sampling.start(rows)._replace(
+    state = sampling.initial_state(rows)._replace(
         counts=counts, generated=np.int32(generated)
     )
     weights = np.asarray(all_weights(logits, rows.sampler, counts))
-    return jax.tree.leaves((choose(logits, progress, rows), weights))
+    return jax.tree.leaves((choose(logits, state, rows), weights))
 
 
 PLACES, GENERATED = [0, 1, 2, 3, 4, 5], np.arange(6) * 3
@@ -546,7 +549,7 @@ def forced(tokens, size):
 @BOTH
 def test_inactive_rows_give_minus_1_and_change_nothing(params):
     rows = rows_of([params] * 4, 10, budgets=[5, 0, 5, 5])
-    start = sampling.start(rows)
+    start = sampling.initial_state(rows)
     assert start.active.tolist() == [True, False, True, True]
     active = start.active & [True, True, False, True]
     before = start._replace(active=active, tokens=np.int32([6, 7, 8, 9]))
@@ -569,32 +572,32 @@ def test_stop_ids_eos_ids_and_budgets_end_rows(params):
     rows = rows_of(
         [own, params, params, params, params], 10, budgets=budgets, eos_token_ids=(8,)
     )
-    progress, given = sampling.start(rows), []
+    state, given = sampling.initial_state(rows), []
     for tokens in [[1, 4, 5, 1, 2], [4, 4, 8, 2, 2], [3, 3, 3, 3, 3]]:
-        sampled, progress = choose(forced(tokens, 10), progress, rows)
+        sampled, state = choose(forced(tokens, 10), state, rows)
         given.append(sampled.tokens.tolist())
     assert given == [[1, 4, 5, 1, 2], [4, 4, 8, 2, -1], [-1, 3, -1, -1, -1]]
-    assert progress.active.tolist() == [False, True, False, False, False]
-    assert progress.generated.tolist() == [2, 3, 2, 2, 1]
-    assert progress.tokens.tolist() == [4, 3, 8, 2, 2]
-    if progress.counts is not None:
-        assert progress.counts.sum(axis=-1).tolist() == [2, 3, 2, 2, 1]
+    assert state.active.tolist() == [False, True, False, False, False]
+    assert state.generated.tolist() == [2, 3, 2, 2, 1]
+    assert state.tokens.tolist() == [4, 3, 8, 2, 2]
+    if state.counts is not None:
+        assert state.counts.sum(axis=-1).tolist() == [2, 3, 2, 2, 1]
 
 
 def test_counts_are_of_all_tokens_sampled_and_penalise_them():
     params = [SamplingParams(seed=2), SamplingParams(frequency_penalty=2.0)]
     rows = rows_of(params, 10)
-    progress, given = sampling.start(rows), []
+    state, given = sampling.initial_state(rows), []
     for step in range(12):
         logits = np.zeros((2, 10), np.float32)
-        logits[1] -= 100 * (progress.counts[1] == 0)  # only the penalty can tell
+        logits[1] -= 100 * (state.counts[1] == 0)  # only the penalty can tell
         logits[1, :2] = 30.0
-        sampled, progress = choose(logits, progress, rows)
+        sampled, state = choose(logits, state, rows)
         given.append(sampled.tokens)
-        assert progress.generated.tolist() == [step + 1] * 2
+        assert state.generated.tolist() == [step + 1] * 2
     for row, tokens in enumerate(np.array(given).T):
-        np.testing.assert_array_equal(progress.counts[row], counted(tokens, 10))
-    assert progress.counts[1, :2].tolist() == [6, 6]
+        np.testing.assert_array_equal(state.counts[row], counted(tokens, 10))
+    assert state.counts[1, :2].tolist() == [6, 6]
 
 
 @pytest.mark.parametrize("size", SEVERAL_PATHS)
@@ -609,8 +612,8 @@ def test_logprobs_are_the_log_softmax_of_the_raw_logits(size):
     known = np.ones(size, bool)
     known[1] = False
     rows = rows_of(params, size, prompts=[[2, 5, 7]] * 3, known=known)
-    progress = sampling.start(rows)._replace(counts=np.ones((3, size), np.int32))
-    sampled = choose(logits, progress, rows)[0]
+    state = sampling.initial_state(rows)._replace(counts=np.ones((3, size), np.int32))
+    sampled = choose(logits, state, rows)[0]
     exact = logits.astype(np.float64)
     expected = exact - np.log(np.exp(exact).sum(axis=-1, keepdims=True))
     width = min(sampling.MAX_LOGPROBS, size)
@@ -648,7 +651,7 @@ def test_unknown_ids_are_never_chosen(size, fields):
     logits[:, ~known] += 3.0
     params = [SamplingParams(seed=seed, **fields) for seed in range(BATCH)]
     rows = rows_of(params, size, known=known)
-    sampled, _ = choose(logits, sampling.start(rows), rows)
+    sampled, _ = choose(logits, sampling.initial_state(rows), rows)
     tokens = sampled.tokens
     assert np.all(known[tokens])
     single = fields in ({"temperature": 0.0}, {"top_k": 1}, {"top_p": 0.0})
@@ -801,8 +804,8 @@ def test_no_value_of_a_field_compiles_anew():
 
     @jax.jit
     @chex.assert_max_traces(n=1)
-    def counted_choose(logits, progress, rows):
-        return sampling.choose(logits, progress, rows)
+    def counted_choose(logits, state, rows):
+        return sampling.sample_step(logits, state, rows)
 
     for i, fields in enumerate(VALUES):
         rows = rows_of(
@@ -815,8 +818,8 @@ def test_no_value_of_a_field_compiles_anew():
             known=np.arange(50) > i,
         )
         logits = some_logits((2, 50), seed=i)
-        sampled, progress = counted_choose(logits, sampling.start(rows), rows)
-        counted_choose(logits + 1, progress, rows)
+        sampled, state = counted_choose(logits, sampling.initial_state(rows), rows)
+        counted_choose(logits + 1, state, rows)
         assert int(sampled.tokens[1]) >= 0
 
 
@@ -824,7 +827,7 @@ def test_no_value_of_a_field_compiles_anew():
 def lowered():
     rows = rows_of([SamplingParams()] * 3, 1000)
     logits = np.zeros((3, 1000), np.float32)
-    return compiled_choose.lower(logits, sampling.start(rows), rows)
+    return compiled_choose.lower(logits, sampling.initial_state(rows), rows)
 
 
 def test_choose_sorts_nothing_and_looks_for_few_of_the_largest(lowered):
@@ -832,7 +835,7 @@ def test_choose_sorts_nothing_and_looks_for_few_of_the_largest(lowered):
     assert "stablehlo.sort" not in text
     sizes = re.findall(r"chlo\.top_k\(%\w+, k = (\d+)\) : tensor<3x1000xf32>", text)
     assert len(sizes) == text.count("top_k(") == 2
-    assert max(map(int, sizes)) <= sampling.CANDIDATES
+    assert max(map(int, sizes)) <= maths.NUM_CANDIDATES
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="what XLA:CPU makes of it")

@@ -113,7 +113,7 @@ def test_a_generator_keeps_the_speed_of_the_bare_chunk(
     steps, held = 64, 8
     model, weights = medium()
     generator = mj.Generator(model, weights)
-    (capacity, *_) = generator.capacities
+    capacity = generators.SMALLEST_CAPACITY
     bare = decoding(model.config, capacity, batch_size, held, steps)
     prompts = np.ones((batch_size, held), np.int32)
 
@@ -121,7 +121,9 @@ def test_a_generator_keeps_the_speed_of_the_bare_chunk(
         """Seconds of all tokens but the first."""
         pieces = generator.stream(prompts, steps + 1, params)
         if not streamed:
-            pieces = generator._start(prompts, steps + 1, params, generators.CHUNKS)
+            pieces = generator._start(
+                prompts, steps + 1, params, generators.GENERATE_STEPS
+            )
         for _ in range(batch_size):
             next(pieces)
         start = time.perf_counter()
