@@ -1,11 +1,14 @@
 """Progress bars on stderr, drawn in terminals and notebooks only."""
 
+import sys
+
 from rich import console, progress
 
 
 def bar(description: str, total: int) -> progress.Progress:
     """A bar with one task, to be used as a context manager; gone when it is done."""
     stderr = console.Console(stderr=True)
+    drawn = sys.stderr is not None and (stderr.is_terminal or stderr.is_jupyter)
     found = progress.Progress(
         progress.TextColumn("{task.description}"),
         progress.BarColumn(),
@@ -13,7 +16,7 @@ def bar(description: str, total: int) -> progress.Progress:
         progress.TimeElapsedColumn(),
         console=stderr,
         transient=True,
-        disable=not (stderr.is_terminal or stderr.is_jupyter),
+        disable=not drawn,
     )
     found.add_task(description, total=total)
     return found

@@ -1,7 +1,9 @@
 """The package as a whole: which module may import which, and what none may do."""
 
 import ast
+import dataclasses
 import inspect
+import operator
 import pathlib
 
 import pytest
@@ -229,7 +231,7 @@ def test_only_command_lines_read_flags(name):
 PUBLIC = (
     *("ConfigError", "Configs", "ModelConfig", "CacheOverflowError", "CachePolicy"),
     *("MiniLLM", "create_model", "init_params", "init_cache", "grow_cache"),
-    *("prefill", "decode_step"),
+    *("prefill", "decode_step", "Generator", "SamplingParams", "Completion", "Piece"),
 )
 
 
@@ -269,10 +271,15 @@ def test_every_module_says_what_it_is(name):
         ("prefill", "model params cache tokens lengths policy"),
         ("decode_step", "model params cache tokens policy"),
         ("grow_cache", "cache capacity config policy"),
+        ("Generator", "model params tokenizer overflow num_sinks"),
+        ("Generator.generate", "self prompts max_new_tokens sampling"),
+        ("Generator.stream", "self prompts max_new_tokens sampling session"),
+        ("Generator.warmup", "self batch_sizes"),
+        ("Generator.forbid_compile", "self"),
     ],
 )
 def test_public_function_takes_the_parameters_of_the_design(name, parameters):
-    signature = inspect.signature(getattr(mj, name))
+    signature = inspect.signature(operator.attrgetter(name)(mj))
     assert list(signature.parameters) == parameters.split()
     if "policy" in signature.parameters:
         policy = signature.parameters["policy"]
@@ -280,6 +287,44 @@ def test_public_function_takes_the_parameters_of_the_design(name, parameters):
         assert policy.default == mj.CachePolicy()
 
 
+def test_defaults_of_generating_are_those_of_the_design():
+    defaults = inspect.signature(mj.Generator).parameters
+    assert defaults["tokenizer"].default is None
+    assert defaults["overflow"].default == "stop"
+    assert defaults["num_sinks"].default == 0
+    for method in (mj.Generator.generate, mj.Generator.stream):
+        defaults = inspect.signature(method).parameters
+        assert defaults["max_new_tokens"].default == 64
+        assert defaults["sampling"].default == mj.SamplingParams()
+    assert dataclasses.asdict(mj.SamplingParams()) == {
+        "temperature": 1.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "frequency_penalty": 0.0,
+        "presence_penalty": 0.0,
+        "logit_bias": None,
+        "seed": 0,
+        "stop": (),
+        "stop_token_ids": (),
+        "logprobs": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("cls", "first"),
+    [
+        (mj.Completion, "tokens text finish_reason logprobs"),
+        (mj.Piece, "index token text finish_reason"),
+    ],
+)
+def test_results_begin_with_the_fields_of_the_design(cls, first):
+    names = [field.name for field in dataclasses.fields(cls)]
+    assert names[: len(first.split())] == first.split()
+
+
 def test_public_errors_are_value_errors():
     assert issubclass(mj.ConfigError, ValueError)
     assert issubclass(mj.CacheOverflowError, ValueError)
+    assert issubclass(mj.TokenizerError, ValueError)

@@ -1,18 +1,23 @@
 """The README's Python is run as it stands, and its preset table compared."""
 
 import collections
+import functools
 import pathlib
 import re
+import shlex
+
+from absl import flags
 
 import minillm_jax as mj
 from minillm_jax import testing
+from minillm_jax.cli import generate
 
 README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
 
 
 def test_the_python_of_the_readme_runs():
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     names = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
@@ -20,6 +25,8 @@ def test_the_python_of_the_readme_runs():
     assert names["cache"]["lengths"].tolist() == [15]
     assert [len(completion.tokens) for completion in names["out"]] == [16, 16]
     assert names["piece"].finish_reason is not None
+    counts = re.search(r"print\(generator.compilations\)\n# (.*)", README).group(1)
+    assert str(names["generator"].compilations) == counts
 
 
 def test_a_generator_of_small_has_as_many_executables_as_the_readme_says(tiny_params):
@@ -35,6 +42,21 @@ def test_a_generator_of_small_has_as_many_executables_as_the_readme_says(tiny_pa
     ):
         told |= zip(re.findall(r"`(\w+)`", names), counts.split(", "), strict=True)
     assert {name: int(count) for name, count in told.items()} == found
+
+
+def test_the_generate_lines_of_the_readme_are_right(monkeypatch):
+    found = flags.FlagValues()
+    for kind in ("string", "integer", "float", "list", "multi_string", "bool", "enum"):
+        define = functools.partial(getattr(flags, f"DEFINE_{kind}"), flag_values=found)
+        monkeypatch.setattr(flags, f"DEFINE_{kind}", define)
+    flags.DEFINE_string("config", None, "")
+    generate.define_flags()
+    lines = re.findall(r"^python -m minillm_jax\.cli\.generate (.*)$", README, re.M)
+    assert len(lines) >= 3
+    for line in lines:
+        found.unparse_flags()
+        assert found(["generate", *shlex.split(line)]) == ["generate"]
+        assert found["config"].value in mj.Configs.names
 
 
 def test_the_preset_table_of_the_readme_is_that_of_the_code():

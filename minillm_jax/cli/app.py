@@ -4,7 +4,9 @@
 wrong ends with exit code 2 and one line on stderr, without a traceback.
 """
 
+import contextlib
 import dataclasses
+import io
 import logging
 import os
 import sys
@@ -45,10 +47,12 @@ def run(main: Callable[[Any], None]) -> None:
         except _USER_ERRORS as error:
             _exit(str(error))
         except KeyboardInterrupt:
-            sys.exit(130)
+            _leave_at_once(130)
         except BrokenPipeError:  # whoever read the output has left
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(1)
+            _leave_at_once(1)
+        except OSError as error:  # such as a full disk
+            print(f"{_program()}: error: {_text(error)}", file=sys.stderr)
+            _leave_at_once(2)
 
     # absl shows every INFO line of JAX, such as the backends that are not there.
     logging.getLogger("jax").setLevel(logging.WARNING)
@@ -57,6 +61,9 @@ def run(main: Callable[[Any], None]) -> None:
     library = logging.getLogger("minillm_jax")
     library.addHandler(notes)
     library.propagate = False
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what it cannot write becomes "?"
+            stream.reconfigure(errors="replace")
     app.run(checked, flags_parser=_parse)
 
 
@@ -147,6 +154,18 @@ def _text(error: BaseException) -> str:
 def _exit(message: str) -> NoReturn:
     print(f"{_program()}: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
+
+
+def _leave_at_once(code: int) -> NoReturn:
+    """Exits without the interpreter's teardown.
+
+    JAX 0.10 may crash in that if a compilation was interrupted; and it would try to
+    write once more what could not be written.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+    os._exit(code)
 
 
 def _program() -> str:

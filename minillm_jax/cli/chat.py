@@ -35,7 +35,7 @@ def run(
     stops = (*sampling.stop, *tokenizer.chat_stop)
     sampling = dataclasses.replace(sampling, stop=stops)
     messages, session = beginning(system), Session()
-    if sys.stdin.isatty():
+    if _is_terminal():
         print(HELP, file=sys.stderr)
     while (line := _read_line()) is not None:
         if line in ("/exit", "/quit"):
@@ -49,9 +49,10 @@ def run(
         try:
             prompt = tokenizer.encode_chat(messages)
             answer = reply.Reply(generator, prompt, max_new_tokens, sampling, session)
-        except CacheOverflowError as error:
+        except ValueError as error:  # too long, or not in the vocabulary
             messages.pop()
-            print(f"{error}; or /reset", file=sys.stderr)
+            hint = "; or /reset" if isinstance(error, CacheOverflowError) else ""
+            print(f"{error}{hint}", file=sys.stderr)
             continue
         answer.show()
         print(answer.summary(), file=sys.stderr)
@@ -61,8 +62,12 @@ def run(
 def _read_line() -> str | None:
     """The next message; None at the end of the input, or at Ctrl-C."""
     try:
-        return input("> " if sys.stdin.isatty() else "")
-    except (EOFError, KeyboardInterrupt):
-        if sys.stdin.isatty():
+        return input("> " if _is_terminal() else "")
+    except (EOFError, KeyboardInterrupt, RuntimeError):  # the last: stdin is closed
+        if _is_terminal():
             print()
         return None
+
+
+def _is_terminal() -> bool:
+    return sys.stdin is not None and sys.stdin.isatty()

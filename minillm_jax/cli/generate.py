@@ -82,10 +82,17 @@ def main(config: Any) -> None:
         tokenizer = tokenizers.load_tokenizer(FLAGS.tokenizer)
     model_config = config_files.model_config(config)
     if not model_config.eos_token_ids:
+        if (largest := max(tokenizer.known_ids)) >= model_config.vocab_size:
+            raise UserError(
+                f"--tokenizer has ids up to {largest}, but the model's are below "
+                f"vocab_size={model_config.vocab_size}; set --config.model.vocab_size"
+            )
         model_config = model_config.replace(eos_token_ids=tokenizer.eos_token_ids)
     if not FLAGS.chat:
+        if FLAGS.system is not None:
+            raise UserError("--system is for --chat")
         prompt = tokenizer.encode(request.read_prompt())
-    elif FLAGS.json or FLAGS.prompt or FLAGS.prompt_file:
+    elif FLAGS.json or FLAGS.prompt is not None or FLAGS.prompt_file is not None:
         raise UserError("--chat reads its messages from stdin, and prints no JSON")
     else:  # as short as one can be
         prompt = tokenizer.encode_chat([*chat.beginning(FLAGS.system), chat.user("Hi")])
@@ -106,7 +113,7 @@ def main(config: Any) -> None:
     else:
         print(answer.summary(), file=sys.stderr)
     if answer.interrupted:
-        sys.exit(130)
+        raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

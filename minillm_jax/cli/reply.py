@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from rich import console
 
-from minillm_jax.decoding.generator import Generator
+from minillm_jax.decoding.generator import STREAM_STEPS, Generator
 from minillm_jax.decoding.requests import Completion
 from minillm_jax.decoding.sampling import SamplingParams
 from minillm_jax.decoding.stream import Session
@@ -22,7 +22,7 @@ _PICTURES |= {code: 0xFFFD for code in range(0x7F, 0xA0)}
 
 def status(text: str) -> contextlib.AbstractContextManager[Any]:
     """A spinner on stderr, on a terminal only."""
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():
         return contextlib.nullcontext()
     return console.Console(stderr=True).status(text)
 
@@ -82,12 +82,16 @@ class Reply:
         return time.perf_counter() - self._start, self._compiling() - self._before
 
     def _rate(self) -> float | None:
-        """Tokens per second from the first to the last, without compiling."""
+        """Tokens per second from the first to the last, without compiling.
+
+        None for so few that the clock would tell nothing.
+        """
         seconds, compiling = (
             b - a for a, b in zip(self._first, self._last, strict=True)
         )
         tokens = len(self.completion.tokens) - 1
-        return tokens / (seconds - compiling) if tokens > 0 else None
+        known = tokens >= 2 * STREAM_STEPS[-1]  # tokens come a chunk at a time
+        return tokens / (seconds - compiling) if known else None
 
     def report(self) -> dict[str, Any]:
         """Everything, for `--json`; times in seconds."""

@@ -60,12 +60,12 @@ def read_prompt() -> str:
     source = FLAGS.prompt_file
     try:
         if source is not None:
-            return pathlib.Path(source).read_bytes().decode()
+            return pathlib.Path(source).read_bytes().decode("utf-8-sig")
         if sys.stdin is None or sys.stdin.isatty():
             raise UserError(
                 "there is no prompt: give --prompt, --prompt_file, or stdin"
             )
-        return sys.stdin.buffer.read().decode()
+        return sys.stdin.buffer.read().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         name = "stdin" if source is None else f"--prompt_file={source}"
         reason = getattr(error, "strerror", None) or f"is not UTF-8: {error}"

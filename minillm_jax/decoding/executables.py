@@ -25,6 +25,8 @@ from minillm_jax.decoding.decode import Params
 from minillm_jax.model import cache as kv
 from minillm_jax.model.transformer import MiniLLM
 
+_WITH_PARAMS = ("prefill", "decode")
+
 
 class CompileForbiddenError(RuntimeError):
     """Something would have been compiled inside `forbid_compile()`."""
@@ -81,9 +83,12 @@ class Executables:
 
     def __call__(self, key: Key, **arrays: Any) -> Any:
         """Runs an executable; what it donates of `arrays` is dead afterwards."""
-        self.compile(key)
-        if key.name in ("prefill", "decode"):
+        if key.name in _WITH_PARAMS:
             arrays["params"] = self.params
+        if _jit_is_disabled():
+            function, _, static = self._function(key)
+            return function(**arrays, **static)
+        self.compile(key)
         return self._table[key](**arrays)
 
     def put(self, tree: Any) -> Any:
@@ -125,7 +130,7 @@ class Executables:
         Raises:
           CompileForbiddenError: inside `forbidden`, if it was not.
         """
-        if key in self._table:
+        if key in self._table or _jit_is_disabled():
             return 0.0
         if self._forbidden:
             raise CompileForbiddenError(
@@ -133,7 +138,10 @@ class Executables:
                 f"({key.batch_size},)) before forbid_compile()"
             )
         start = time.perf_counter()
-        self._table[key] = self._lower(key).compile()
+        function, arguments, static = self._function(key)
+        if key.name in _WITH_PARAMS:
+            arguments["params"] = self.params
+        self._table[key] = function.lower(**arguments, **static).compile()
         self.seconds[key] = time.perf_counter() - start
         return self.seconds[key]
 
@@ -145,38 +153,51 @@ class Executables:
         """The next capacity; 0 behind the last."""
         return next((c for c in self.capacities if c > capacity), 0)
 
-    def _lower(self, key: Key) -> Any:
-        """Traces a function for arguments of its key's shapes."""
+    def _function(self, key: Key) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+        """A jitted function, the shapes of its arguments, and its static ones."""
         config, batch_size = self.model.config, key.batch_size
-        static = {"model": self.model, "policy": self.policy}
-        shape = (config.vocab_size,)
-        logits = jax.ShapeDtypeStruct((batch_size, *shape), np.float32)
+        shape = functools.partial(jax.ShapeDtypeStruct, sharding=self._device)
+        if key.name == "init_cache":
+            empty = functools.partial(
+                *(kv.init_cache, config, batch_size, key.capacity), policy=self.policy
+            )
+            return jax.jit(empty, out_shardings=self._device), {}, {}
+        logits = shape((batch_size, config.vocab_size), np.float32)
         requests = _requests(bool(key.sampling), batch_size, config.vocab_size)
         state = sampling.initial_state(requests)
         if key.name == "first_token":
-            return decode.first_tokens.lower(
-                logits=logits, state=state, requests=requests
-            )
-        policy = {"policy": self.policy}
-        cache = kv.cache_shapes(config, batch_size, key.capacity, **policy)
-        if key.name == "init_cache":
-            empty = functools.partial(
-                kv.init_cache, config, batch_size, key.capacity, **policy
-            )
-            return jax.jit(empty, out_shardings=self._device).lower()
+            arguments = {"logits": logits, "state": state, "requests": requests}
+            return decode.first_tokens, self._shapes(arguments), {}
+        cache = kv.cache_shapes(config, batch_size, key.capacity, policy=self.policy)
         if key.name == "grow_cache":
-            leaf = cache["layers_0"]["attention"]["k"]
+            leaf = {"leaf": cache["layers_0"]["attention"]["k"]}
+            slots = self.larger_slots(key.capacity or 0)
             padded = jax.jit(kv.padded, static_argnames="slots")
-            return padded.lower(leaf=leaf, slots=self.larger_slots(key.capacity or 0))
-        arguments = {"params": self.params, "cache": cache}
+            return padded, self._shapes(leaf), {"slots": slots}
+        static = {"model": self.model, "policy": self.policy}
+        arguments = {"cache": cache}
         if key.name == "prefill":
-            tokens = jax.ShapeDtypeStruct((batch_size, key.size), np.int32)
-            remaining = jax.ShapeDtypeStruct((batch_size,), np.int32)
+            tokens = shape((batch_size, key.size), np.int32)
+            remaining = shape((batch_size,), np.int32)
             arguments |= {"logits": logits, "tokens": tokens, "remaining": remaining}
-            return decode.prefill_chunk.lower(**arguments, **static)
-        arguments |= {"state": state, "requests": requests}
-        arguments["unfinished"] = jax.ShapeDtypeStruct((batch_size,), np.bool_)
-        return decode.decode_requests.lower(**arguments, **static, steps=key.size)
+            return decode.prefill_chunk, self._shapes(arguments), static
+        unfinished = shape((batch_size,), np.bool_)
+        arguments |= {"state": state, "requests": requests, "unfinished": unfinished}
+        static["steps"] = key.size
+        return decode.decode_requests, self._shapes(arguments), static
+
+    def _shapes(self, tree: Any) -> Any:
+        """Arrays as shapes, on the device of the parameters."""
+
+        def shape(x: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._device)
+
+        return jax.tree.map(shape, tree)
+
+
+def _jit_is_disabled() -> bool:
+    """Whether `jax.disable_jit()` is in force, for debugging: nothing compiles then."""
+    return jax.config.jax_disable_jit  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _requests(sample: bool, batch_size: int, vocab_size: int):

@@ -15,7 +15,7 @@ from minillm_jax.decoding.decode import Params
 from minillm_jax.decoding.executables import Executables
 from minillm_jax.decoding.requests import Completion, Prompt
 from minillm_jax.decoding.sampling import SamplingParams, request_arrays
-from minillm_jax.decoding.stream import Session, Stream
+from minillm_jax.decoding.stream import Loop, Session, Stream
 from minillm_jax.model import cache as kv
 from minillm_jax.model import transformer
 from minillm_jax.text.tokenizer import Tokenizer
@@ -52,12 +52,17 @@ class Generator:
         num_sinks: int = 0,
     ):
         policy = kv.CachePolicy(overflow=overflow, num_sinks=num_sinks)
-        kv.cache_shapes(model.config, policy=policy)  # raises where they do not match
-        if "embedding" not in params:
+        if not isinstance(model, transformer.MiniLLM):
             raise validation.ConfigError(
-                "params: must be the inner tree, such as init_params gives; from the "
-                "variables of a Linen module that is variables['params']"
+                f"model={validation.shown(model)}: must be a MiniLLM, from create_model"
             )
+        if not isinstance(tokenizer, Tokenizer | None):
+            raise validation.ConfigError(
+                f"tokenizer={validation.shown(tokenizer)}: must have encode and decode"
+            )
+        model = transformer.create_model(model.config)  # resolves dtype="auto"
+        transformer.check_params(model, params)
+        kv.cache_shapes(model.config, policy=policy)  # raises where they do not match
         self.model, self.tokenizer, self.policy = model, tokenizer, policy
         self._random = transformer.are_random(params)
         self._executables = Executables(
@@ -141,6 +146,10 @@ class Generator:
             sampling=sampling,
         )
         if session is not None:
+            if not isinstance(session, Session):
+                raise validation.ConfigError(
+                    f"session={validation.shown(session)}: must be a Session"
+                )
             session.check(self._executables, len(asked))
         arrays = request_arrays(
             [request.sampling for request in asked],
@@ -156,7 +165,8 @@ class Generator:
         ]
         if self._random:
             _warn_once("the weights are random: the output is noise")
-        return Stream(self._executables, rows, arrays, steps=steps, session=session)
+        run = self._executables
+        return Stream(Loop(run, rows, arrays, steps=steps, session=session))
 
     @property
     def compilations(self) -> dict[str, int]:
@@ -187,7 +197,8 @@ class Generator:
           Seconds by executable, of those that were not there yet.
         """
         bounds = validation.Range(1, kv.MAX_ROWS)
-        sizes = [validation.whole_number("batch_sizes", b, bounds) for b in batch_sizes]
+        given = batch_sizes if isinstance(batch_sizes, Iterable) else (batch_sizes,)
+        sizes = [validation.whole_number("batch_sizes", size, bounds) for size in given]
         keys = [key for size in sizes for key in self._executables.keys(size)]
         taken = {}
         with progress.bar("compiling", len(keys)) as bar:

@@ -191,10 +191,11 @@ def _room(
             "overflow='ring'"
         )
     if policy.overflow == "error" and max_new_tokens > room:
+        fits = f"max_new_tokens={room} would fit" if room else "not even one would fit"
         raise kv.CacheOverflowError(
             f"prompt {index} has {len(prompt)} tokens and max_new_tokens="
-            f"{max_new_tokens} were asked, but the cache holds {capacity}: "
-            f"max_new_tokens={room} would fit, and overflow='stop' ends there"
+            f"{max_new_tokens} were asked, but the cache holds {capacity}: {fits}, and "
+            "overflow='stop' ends there"
         )
     return room
 

@@ -57,8 +57,9 @@ def penalised(
     repetition = sampler.repetition_penalty[:, None]
     scaled = jnp.where(logits > 0, logits / repetition, logits * repetition)
     logits = jnp.where(sampler.prompt | (counts > 0), scaled, logits)
-    logits = logits - sampler.frequency_penalty[:, None] * counts
-    return logits - sampler.presence_penalty[:, None] * (counts > 0)
+    times, once = counts.astype(jnp.float32), (counts > 0).astype(jnp.float32)
+    logits = logits - sampler.frequency_penalty[:, None] * times
+    return logits - sampler.presence_penalty[:, None] * once
 
 
 def sample(
@@ -78,7 +79,7 @@ def sample(
 
 def _uniform(seed, sample_index, generated):
     key = jax.random.fold_in(jax.random.key(seed), sample_index)
-    return jax.random.uniform(jax.random.fold_in(key, generated))
+    return jax.random.uniform(jax.random.fold_in(key, generated), dtype=jnp.float32)
 
 
 def kept_weights(

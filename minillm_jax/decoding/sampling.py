@@ -214,7 +214,7 @@ def sample_step(
         row = jnp.arange(len(tokens))
         counts = counts.at[row, tokens].add(active.astype(jnp.int32))
     tokens = jnp.where(active, sampled.tokens, state.tokens)
-    generated = state.generated + active
+    generated = state.generated + active.astype(jnp.int32)
     stopped = jnp.any(tokens[:, None] == requests.stop_ids, axis=-1)
     active = active & ~stopped & (generated < requests.budget)
     return sampled, DecodeState(tokens, active, generated, counts)

@@ -36,6 +36,7 @@ class Session:
 
     def __init__(self) -> None:
         self._owner: Executables | None = None
+        self._borrower: object = None  # the call that has the cache now
         self._tokens: list[int] = []  # of the last prompt and its completion
         self._cache: dict[str, Any] | None = None
         self._capacity = 0
@@ -56,11 +57,14 @@ class Session:
                 "session: belongs to another Generator; make a new one for this"
             )
 
-    def take(self, prompt: Sequence[int]) -> tuple[dict[str, Any], int, int] | None:
+    def take(
+        self, borrower: object, prompt: Sequence[int]
+    ) -> tuple[dict[str, Any], int, int] | None:
         """The cache, its capacity and how much of the prompt it holds, if it has one.
 
         The prompt's last token is never among that: its logits are needed.
         """
+        self._borrower = borrower
         if self._cache is None or self._owner is None:
             return None
         cache, self._cache = self._cache, None
@@ -76,13 +80,15 @@ class Session:
 
     def keep(
         self,
+        borrower: object,
         owner: Executables,
+        *,
         cache: dict[str, Any],
         capacity: int,
         tokens: list[int],
     ) -> None:
-        """Takes the cache of a call that has ended, however it did."""
-        if not any(leaf.is_deleted() for leaf in jax.tree.leaves(cache)):
+        """Takes the cache of a call that has ended, unless a later one has begun."""
+        if self._borrower is borrower:
             self._owner, self._tokens = owner, tokens
             self._cache, self._capacity = cache, capacity
 
@@ -93,24 +99,9 @@ class Stream:
     It can be closed, or left, at any time, and is a context manager that closes.
     """
 
-    def __init__(
-        self,
-        executables: Executables,
-        rows: Sequence[Row],
-        requests: sampling.RequestArrays,
-        *,
-        steps: Sequence[int],
-        session: Session | None = None,
-    ):
-        self.prefilled_tokens = 0  # of the prompts; the rest was in the cache
-        self._executables, self._rows = executables, rows
-        self._requests, self._session = requests, session
-        self._steps = sorted(steps, reverse=True)
-        self._capacity = 0
-        self._enqueued = 0  # decode steps
-        self._cache: Any = None
-        self._state: Any = None
-        self._pieces = self._generate()
+    def __init__(self, loop: "Loop"):
+        # The loop does not know the stream: one that is left is freed at once.
+        self._loop, self._pieces = loop, loop.pieces()
 
     def __iter__(self) -> Iterator[Piece]:
         return self
@@ -129,12 +120,47 @@ class Stream:
         self._pieces.close()
 
     @property
+    def prefilled_tokens(self) -> int:
+        """Tokens of the prompts that were prefilled; a session's cache had the rest."""
+        return self._loop.prefilled_tokens
+
+    @property
     def completions(self) -> list[Completion]:
         """One for each prompt, in their order; finished rows have a finish_reason."""
+        return self._loop.completions()
+
+
+class Loop:
+    """The state of one call, and what is done with it."""
+
+    def __init__(
+        self,
+        executables: Executables,
+        rows: Sequence[Row],
+        requests: sampling.RequestArrays,
+        *,
+        steps: Sequence[int],
+        session: Session | None = None,
+    ):
+        self.prefilled_tokens = 0
+        self._executables, self._rows = executables, rows
+        self._requests, self._session = requests, session
+        self._steps = sorted(steps, reverse=True)
+        self._capacity = 0
+        self._enqueued = 0  # decode steps
+        self._cache: Any = None
+        self._state: Any = None
+        # False while cache, capacity and lengths change: interrupted there, by Ctrl-C
+        # or an error, they may not belong together.
+        self._settled = False
+
+    def completions(self) -> list[Completion]:
+        """What there is so far."""
         longest = self._executables.model.config.max_kv_cache_len
         return [row.completion(longest, self._capacity) for row in self._rows]
 
-    def _generate(self) -> Generator[Piece]:
+    def pieces(self) -> Generator[Piece]:
+        """Runs the loop; closing it early is fine."""
         try:
             for row in self._rows:
                 if row.finish_reason is not None:
@@ -143,13 +169,18 @@ class Stream:
                 waiting = collections.deque([self._prefill()])
                 while waiting:
                     if self._steps_left() > 0:
+                        self._settled = False
                         waiting.append(self._decode())
+                    self._settled = True
                     yield from self._read(waiting.popleft())
         finally:
-            if self._session is not None and self._cache is not None:
-                tokens = self._rows[0].request.prompt + self._rows[0].tokens
+            if self._session is not None and self._settled:
                 self._session.keep(
-                    self._executables, self._cache, self._capacity, tokens
+                    self,
+                    self._executables,
+                    cache=self._cache,
+                    capacity=self._capacity,
+                    tokens=self._rows[0].request.prompt + self._rows[0].tokens,
                 )
             self._cache = self._state = None
 
@@ -160,6 +191,11 @@ class Stream:
         """Decode steps that are still to be enqueued for the longest row."""
         budgets = [row.request.budget for row in self._unfinished()]
         return max(budgets, default=0) - 1 - self._enqueued
+
+    def _next_steps(self) -> int:
+        """Steps of the next chunk: the longest that is not longer than needed."""
+        left = self._steps_left()
+        return next((s for s in self._steps if s <= left), self._steps[-1])
 
     def _key(self, name: str, size: int | None = None) -> Key:
         """The executable for these rows and their cache as it is now."""
@@ -173,6 +209,8 @@ class Stream:
         """Enqueues the prompts, and their first tokens."""
         run, config = self._executables, self._executables.model.config
         held = self._take_cache()
+        if self._steps_left() > 0:  # now, for the first token will not wait for it
+            run.compile(self._key("decode", self._next_steps()))
         prompts = [row.request.prompt[held:] for row in self._rows]
         budgets = self._requests.budget
         lengths = np.where(budgets > 0, [len(prompt) for prompt in prompts], 0)
@@ -205,7 +243,7 @@ class Stream:
         """A cache for the prompts; returns how many tokens of them it holds."""
         needed = self._tokens_after(self._steps[-1])
         prompt = self._rows[0].request.prompt
-        taken = self._session.take(prompt) if self._session is not None else None
+        taken = self._session.take(self, prompt) if self._session is not None else None
         if taken is not None:
             self._cache, self._capacity, held = taken
             self._grow(needed)
@@ -245,9 +283,8 @@ class Stream:
             self._capacity = next(c for c in capacities if c > self._capacity)
 
     def _decode(self) -> sampling.Sampled:
-        """Enqueues the next chunk, the longest that is not longer than needed."""
-        left = self._steps_left()
-        steps = next((s for s in self._steps if s <= left), self._steps[-1])
+        """Enqueues the next chunk."""
+        steps = self._next_steps()
         self._grow(self._tokens_after(steps))
         unfinished = np.array([row.finish_reason is None for row in self._rows])
         sampled, self._state, self._cache = self._executables(

@@ -15,10 +15,11 @@ from typing import Any
 import jax
 import jax.core
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from minillm_jax.config import ModelConfig, check_is_config
+from minillm_jax.config import ConfigError, ModelConfig, check_is_config
 from minillm_jax.model import cache as kv
 from minillm_jax.model import layers, rope
 from minillm_jax.model.attention import Attention, Places, Span
@@ -196,6 +197,36 @@ def create_model(config: ModelConfig) -> MiniLLM:
     return MiniLLM(config.resolve(jax.default_backend()))
 
 
+def param_shapes(model: MiniLLM) -> dict[str, Any]:
+    """The `params` tree as `jax.ShapeDtypeStruct`; nothing is allocated."""
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+
+
+def check_params(model: MiniLLM, params: Any) -> None:
+    """Raises ConfigError where `params` is not the inner tree of this model."""
+
+    def leaves(tree):
+        paths = jax.tree_util.tree_leaves_with_path(tree)
+        return {jax.tree_util.keystr(path): np.shape(leaf) for path, leaf in paths}
+
+    wanted, given = leaves(param_shapes(model)), leaves(params)
+    missing, unexpected = wanted.keys() - given, given.keys() - wanted.keys()
+    shapes = [
+        f"{name} has shape {given[name]}, not {wanted[name]}"
+        for name in wanted.keys() & given
+        if given[name] != wanted[name]
+    ]
+    problems = [f"{name} is missing" for name in missing]
+    problems += [f"{name} is not of this model" for name in unexpected] + shapes
+    if problems:
+        more = f" and {len(problems) - 1} more problems" if len(problems) > 1 else ""
+        raise ConfigError(
+            f"params: must be the model's inner tree, as init_params gives it, but "
+            f"{min(problems)}{more}"
+        )
+
+
 def init_params(model: MiniLLM, seed: int = 0) -> dict[str, Any]:
     """Random parameters, the inner `params` tree, in `param_dtype`.
 
@@ -203,7 +234,7 @@ def init_params(model: MiniLLM, seed: int = 0) -> dict[str, Any]:
     per shape and not once per layer; its key is folded from its path.
     """
     key = jax.random.key(seed)
-    shapes = jax.eval_shape(model.init, key, jax.ShapeDtypeStruct((1, 1), jnp.int32))
+    shapes = param_shapes(model)
 
     def leaf(path, shape):
         leaf_key = jax.random.fold_in(
@@ -212,7 +243,7 @@ def init_params(model: MiniLLM, seed: int = 0) -> dict[str, Any]:
         name = path[-1].key
         return _init_leaf(leaf_key, name, model.config, shape.shape, shape.dtype)
 
-    params = jax.tree_util.tree_map_with_path(leaf, shapes["params"])
+    params = jax.tree_util.tree_map_with_path(leaf, shapes)
     embedding = params["embedding"]
     if not isinstance(embedding, jax.core.Tracer):
         _random_embeddings[id(embedding)] = embedding

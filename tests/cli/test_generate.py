@@ -1,7 +1,10 @@
 """`cli.generate` as a person uses it: text, JSON, pipes, mistakes, Ctrl-C, a chat."""
 
 import concurrent.futures
+import dataclasses
+import functools
 import json
+import math
 import os
 import pathlib
 import signal
@@ -11,7 +14,11 @@ import time
 
 import pytest
 import tokenizers
+from absl import flags
 from tokenizers import decoders, models, pre_tokenizers
+
+import minillm_jax as mj
+from minillm_jax.cli import request
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = {
@@ -98,6 +105,7 @@ MISTAKES = {
         *("does not fit", "GB"),
     ),
     ("stray", "--prompt=a"): ("stray arguments",),
+    ("--chat", "--tokenizer=TMP"): ("no chat template",),
     (): ("prompt 0 is empty", "at least one token"),
 }
 
@@ -195,13 +203,56 @@ def test_the_prompt_may_come_from_a_file_or_a_pipe(outcomes):
 def test_overflow_counts_as_in_the_library(outcomes, name, tokens, reason):
     told = report(outcomes[name])
     assert (told["completion_tokens"], told["finish_reason"]) == (tokens, reason)
-    assert told["cache"]["overwritten"] == max(0, told["cache"]["tokens"] - 300)
+    assert told["cache"]["overwritten"] == (320 if name == "ring" else 0)
 
 
 def test_sampling_flags_reach_the_sampler(outcomes):
     told = report(outcomes["sampling"])
     assert told["completion_tokens"] == 8
     assert 65 not in told["tokens"]
+
+
+FIELDS = {
+    "temperature": ("0.7", 0.7),
+    "top_k": ("20", 20),
+    "top_p": ("0.9", 0.9),
+    "min_p": ("0.01", 0.01),
+    "repetition_penalty": ("1.1", 1.1),
+    "frequency_penalty": ("0.1", 0.1),
+    "presence_penalty": ("-0.1", -0.1),
+    "logit_bias": ("65:-100,66:2.5,67:-inf", {65: -100.0, 66: 2.5, 67: -math.inf}),
+    "seed": ("3", 3),
+    "stop": ("a,b", ("a,b",)),
+    "stop_token_ids": ("1,2", (1, 2)),
+    "logprobs": ("2", 2),
+}
+
+
+@pytest.fixture(scope="module")
+def flag_values():
+    """The flags of `request.define_flags`, apart from other tests'."""
+    found = flags.FlagValues()
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in ("string", "integer", "float", "list", "multi_string"):
+            name = f"DEFINE_{kind}"
+            define = functools.partial(getattr(flags, name), flag_values=found)
+            patch.setattr(request.flags, name, define)
+        request.define_flags()
+    return found
+
+
+def test_there_is_a_flag_for_every_field_and_its_value_is_taken(
+    flag_values, monkeypatch
+):
+    monkeypatch.setattr(request, "FLAGS", flag_values)
+    assert {field.name for field in dataclasses.fields(mj.SamplingParams)} == {*FIELDS}
+    flag_values(["generate"])
+    assert request.sampling_params() == mj.SamplingParams()
+    for name, (text, value) in FIELDS.items():
+        flag_values.unparse_flags()
+        flag_values(["generate", f"--{name}={text}"])
+        expected = mj.SamplingParams(**{name: value})
+        assert getattr(request.sampling_params(), name) == getattr(expected, name)
 
 
 def test_stop_ids_and_stop_strings_end_the_text(outcomes):

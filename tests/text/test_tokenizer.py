@@ -12,7 +12,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-import minillm_jax as mj
 from minillm_jax.text.tokenizer import (
     ByteTokenizer,
     FileTokenizer,
@@ -136,10 +135,6 @@ def test_a_tokenizer_json_is_enough(tmp_path, name, kind):
     assert tokenizer.eos_token_ids == ()
     assert tokenizer.bos_token_id is None
     assert tokenizer.known_ids == frozenset(range(260))
-
-
-def test_the_package_loads_tokenizers():
-    assert mj.load_tokenizer is load_tokenizer
 
 
 def test_files_beside_a_tokenizer_json_are_read_when_it_is_given_itself(tmp_path):
@@ -750,7 +745,7 @@ def check_any_files(folder, files):
     except TokenizerError:
         return
     assert tokenizer.decode(tokenizer.encode("one")) == "one"
-    assert set(tokenizer.eos_token_ids) <= {*map(int, tokenizer.eos_token_ids)}
+    assert all(type(i) is int and i >= 0 for i in tokenizer.eos_token_ids)
     try:
         assert isinstance(tokenizer.render_chat([USER]), str)
     except TokenizerError:
