@@ -87,7 +87,7 @@ class Executables:
             arrays["params"] = self.params
         if _jit_is_disabled():
             function, _, static = self._function(key)
-            return function(**arrays, **static)
+            return function(**self.put(arrays), **static)
         self.compile(key)
         return self._table[key](**arrays)
 
