@@ -40,10 +40,11 @@ LONG = "x" * 290
 FULL = (f"--prompt={LONG}", "--json", "--temperature=0")
 
 
-def run(*arguments, given=""):
+def run(*arguments, given="", env=None):
     return subprocess.run(
         [*COMMAND, *arguments],
         cwd=ROOT,
+        env=env,
         capture_output=True,
         input=given.encode() if isinstance(given, str) else given,
         timeout=120,
@@ -130,9 +131,17 @@ def folder(tmp_path_factory):
 def outcomes(folder):
     """Every run and mistake, two at a time."""
 
+    # JAX's own cache on disk: most runs compile the same.
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+    }
+
     def one(arguments):
         filled = (argument.replace("TMP", str(folder)) for argument in arguments)
-        return run(*filled, given="Once" if arguments == RUNS["stdin"] else "")
+        given = "Once" if arguments == RUNS["stdin"] else ""
+        return run(*filled, given=given, env=os.environ | cache)
 
     cases = [*RUNS.values(), *MISTAKES]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:

@@ -17,7 +17,7 @@ import pytest
 
 import minillm_jax as mj
 from minillm_jax import testing
-from minillm_jax.decoding import decode
+from minillm_jax.decoding import checks, decode
 
 PLAIN = mj.CachePolicy()
 RING = mj.CachePolicy(overflow="ring")
@@ -548,7 +548,7 @@ def test_tokens_outside_the_vocabulary_are_refused(wrong):
 
 def test_tokens_that_are_not_whole_numbers_are_refused():
     with pytest.raises(ValueError, match="whole numbers, not float32"):
-        decode.check_tokens(testing.tiny_config(), np.ones(1, np.float32))
+        checks.check_tokens(testing.tiny_config(), np.ones(1, np.float32))
 
 
 @pytest.mark.parametrize("lengths", [[-1, 2], [2, 4]])

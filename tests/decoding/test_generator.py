@@ -293,7 +293,7 @@ def test_prompts_that_just_fit_and_just_do_not(overflow, room):
     if overflow != "ring" and room < 0:
         message = "has 46 tokens, but the cache holds 45: shorten it by 1"
     elif overflow == "error":
-        message = f"max_new_tokens={room} would fit"
+        message = f"max_new_tokens={room} would fit" if room else "not even one would"
     if message is not None:
         with pytest.raises(mj.CacheOverflowError, match=message):
             run.generate(prompts, 2, GREEDY)
