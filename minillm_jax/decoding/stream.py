@@ -89,6 +89,7 @@ class Session:
     ) -> None:
         """Takes the cache of a call that has ended, unless a later one has begun."""
         if self._borrower is borrower:
+            self._borrower = None
             self._owner, self._tokens = owner, tokens
             self._cache, self._capacity = cache, capacity
 
