@@ -144,13 +144,10 @@ def test_rewinding_is_a_fact_of_the_leaves():
 
 
 def test_without_jit_everything_is_the_same():
-    run = generating(max_seq_len=24, max_kv_cache_len=24)
-    for params in (GREEDY, mj.SamplingParams(seed=1)):
-        expected = run.generate(some_tokens(4), 2, params)
-        with jax.disable_jit():
-            assert (
-                run.generate(some_tokens(4), 2, params)[0].tokens == expected[0].tokens
-            )
+    run = generating(max_seq_len=16, max_kv_cache_len=16, num_layers=1)
+    expected = run.generate(some_tokens(4), 2, GREEDY)
+    with jax.disable_jit():
+        assert run.generate(some_tokens(4), 2, GREEDY) == expected
 
 
 ELSEWHERE = """
