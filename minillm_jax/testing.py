@@ -7,10 +7,12 @@ Axes: B batch, T tokens of a row, K key/value heads, G queries per key/value hea
 H head dim, D model dim, F ffn dim, V vocab.
 """
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from minillm_jax.config import ModelConfig
@@ -32,6 +34,22 @@ def tiny_config(**changes: Any) -> ModelConfig:
         "prefill_chunk": 16,
     }
     return ModelConfig(**(fields | changes))
+
+
+@contextlib.contextmanager
+def counted_compilations() -> Iterator[list[float]]:
+    """The seconds of each compilation in the block, those ahead of time included."""
+    compilations: list[float] = []
+
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compilations.append(duration_secs)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield compilations
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def perturbed(params: Mapping[str, Any], seed: int = 0, std: float = 0.2) -> Any:

@@ -19,6 +19,7 @@ from minillm_jax.cli import app, chat, config_files, reply, request
 from minillm_jax.cli.app import UserError
 from minillm_jax.config import ModelConfig
 from minillm_jax.decoding import generator, requests
+from minillm_jax.decoding.executables import smallest_holding
 from minillm_jax.decoding.sampling import SamplingParams
 from minillm_jax.model import cache as kv
 from minillm_jax.model import transformer
@@ -65,7 +66,7 @@ def check(
     plan = memory.plan_decode(
         config,
         batch_size=1,
-        capacity=next((size for size in sizes if size >= tokens), sizes[-1]),
+        capacity=smallest_holding(sizes, tokens),
         platform=device.platform,
         limit_bytes=devices.available_bytes(device),
         policy=policy,

@@ -1,6 +1,7 @@
 """One reply on a terminal: streamed as it comes, with its rates afterwards."""
 
 import contextlib
+import dataclasses
 import sys
 import time
 from collections.abc import Sequence
@@ -105,12 +106,8 @@ class Reply:
             "prompt_tokens": done.prompt_tokens,
             "prefilled_tokens": self._stream.prefilled_tokens,
             "completion_tokens": len(done.tokens),
-            "cache": {
-                "tokens": done.cache.tokens,
-                "capacity": done.cache.capacity,
-                "allocated": done.cache.allocated,
-                "overwritten": done.cache.overwritten,
-            },
+            "cache": dataclasses.asdict(done.cache)
+            | {"overwritten": done.cache.overwritten},
             "ttft_seconds": self._first[0],
             "compile_seconds": self._last[1],
             "decode_tokens_per_second": self._rate(),

@@ -19,7 +19,11 @@ def check_tokens(config: ModelConfig, tokens: np.ndarray, name: str = "tokens") 
         return
     if not np.issubdtype(tokens.dtype, np.integer):
         raise ConfigError(f"{name}: must be whole numbers, not {tokens.dtype}")
-    low, high = int(tokens.min()), int(tokens.max())
+    check_range(config, int(tokens.min()), int(tokens.max()), name)
+
+
+def check_range(config: ModelConfig, low: int, high: int, name: str) -> None:
+    """Raises ConfigError if ids from `low` to `high` are not all in the vocabulary."""
     if low < 0 or high >= config.vocab_size:
         wrong = low if low < 0 else high
         raise ConfigError(

@@ -230,8 +230,8 @@ def decode_chunk(
       policy: what the cache was made with. Static.
     """
     config = model.config
-    requests = sampling.greedy_requests(
-        config.eos_token_ids, len(tokens), config.vocab_size
+    requests = sampling.equal_requests(
+        sampling.GREEDY, len(tokens), config.vocab_size, config.eos_token_ids
     )
     state = sampling.initial_state(requests)._replace(
         tokens=jnp.asarray(tokens, jnp.int32), active=jnp.asarray(active)

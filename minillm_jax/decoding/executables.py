@@ -116,7 +116,7 @@ class Executables:
         for capacity in self.capacities:
             at = functools.partial(key, capacity=capacity)
             found.append(at("init_cache"))
-            if self._larger(capacity):
+            if self.larger(capacity):
                 found.append(at("grow_cache"))
             sizes = decode.chunk_sizes(self.model.config)
             found += [at("prefill", size=size) for size in sizes]
@@ -147,9 +147,9 @@ class Executables:
 
     def larger_slots(self, capacity: int) -> int:
         """Slots of a layer in a cache of the next capacity."""
-        return kv.num_slots(self.model.config, self._larger(capacity), self.policy)
+        return kv.num_slots(self.model.config, self.larger(capacity), self.policy)
 
-    def _larger(self, capacity: int) -> int:
+    def larger(self, capacity: int) -> int:
         """The next capacity; 0 behind the last."""
         return next((c for c in self.capacities if c > capacity), 0)
 
@@ -163,10 +163,8 @@ class Executables:
             )
             return jax.jit(empty, out_shardings=self._device), {}, {}
         logits = shape((batch_size, config.vocab_size), np.float32)
-        requests = _requests(bool(key.sampling), batch_size, config.vocab_size)
-        state = sampling.initial_state(requests)
         if key.name == "first_token":
-            arguments = {"logits": logits, "state": state, "requests": requests}
+            arguments = {"logits": logits, **self._requests(key)}
             return decode.first_tokens, self._shapes(arguments), {}
         cache = kv.cache_shapes(config, batch_size, key.capacity, policy=self.policy)
         if key.name == "grow_cache":
@@ -182,9 +180,16 @@ class Executables:
             arguments |= {"logits": logits, "tokens": tokens, "remaining": remaining}
             return decode.prefill_chunk, self._shapes(arguments), static
         unfinished = shape((batch_size,), np.bool_)
-        arguments |= {"state": state, "requests": requests, "unfinished": unfinished}
+        arguments |= {"unfinished": unfinished, **self._requests(key)}
         static["steps"] = key.size
         return decode.decode_requests, self._shapes(arguments), static
+
+    def _requests(self, key: Key) -> dict[str, Any]:
+        """Requests of the key's kind and their state, for their shapes."""
+        params = sampling.SamplingParams() if key.sampling else sampling.GREEDY
+        vocab_size = self.model.config.vocab_size
+        requests = sampling.equal_requests(params, key.batch_size, vocab_size)
+        return {"requests": requests, "state": sampling.initial_state(requests)}
 
     def _shapes(self, tree: Any) -> Any:
         """Arrays as shapes, on the device of the parameters."""
@@ -200,14 +205,6 @@ def _jit_is_disabled() -> bool:
     return jax.config.jax_disable_jit  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _requests(sample: bool, batch_size: int, vocab_size: int):
-    """Requests of a kind, for their shapes."""
-    one = sampling.SamplingParams(temperature=1.0 if sample else 0.0)
-    return sampling.request_arrays(
-        [one] * batch_size,
-        sample_indices=range(batch_size),
-        prompts=[[0]] * batch_size,
-        budgets=[1] * batch_size,
-        eos_token_ids=(),
-        known=np.ones(vocab_size, bool),
-    )
+def smallest_holding(capacities: Sequence[int], tokens: int) -> int:
+    """The first of ascending capacities that holds `tokens`, or the last there is."""
+    return next((c for c in capacities if c >= tokens), capacities[-1])

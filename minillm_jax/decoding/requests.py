@@ -164,12 +164,8 @@ def _check_params(
     if params.stop and tokenizer is None:
         raise ConfigError(f"stop={params.stop}: needs a tokenizer; use stop_token_ids")
     for field in ("stop_token_ids", "logit_bias"):
-        for token in getattr(params, field) or ():
-            if not 0 <= token < config.vocab_size:
-                raise ConfigError(
-                    f"{field}: {token} is outside the vocabulary, 0 to "
-                    f"{config.vocab_size - 1}"
-                )
+        if ids := getattr(params, field):
+            checks.check_range(config, min(ids), max(ids), field)
 
 
 def _room(

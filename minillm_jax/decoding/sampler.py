@@ -70,11 +70,10 @@ def sample(
     The draw is one uniform number a row, of the key
     `fold_in(fold_in(key(seed), sample_index), generated)`.
     """
-    with jax.named_scope("sample"):
-        greedy = first_largest(logits)
-        uniform = jax.vmap(_uniform)(sampler.seed, sampler.sample_index, generated)
-        drawn = _draw(kept_weights(logits, sampler), uniform)
-        return jnp.where(sampler.temperature == 0.0, greedy, drawn)
+    greedy = first_largest(logits)
+    uniform = jax.vmap(_uniform)(sampler.seed, sampler.sample_index, generated)
+    drawn = _draw(kept_weights(logits, sampler), uniform)
+    return jnp.where(sampler.temperature == 0.0, greedy, drawn)
 
 
 def _uniform(seed, sample_index, generated):

@@ -79,6 +79,9 @@ class SamplingParams:
         return self.temperature == 0.0 and penalties == neutral and rest
 
 
+GREEDY = SamplingParams(temperature=0.0)
+
+
 class RequestArrays(NamedTuple):
     """What each row was asked for; the same during a call."""
 
@@ -106,18 +109,6 @@ class Sampled(NamedTuple):
     top_logprobs: jax.Array | None  # [B, MAX_LOGPROBS]
 
 
-def greedy_requests(
-    stop_ids: Sequence[int], batch_size: int, vocab_size: int
-) -> RequestArrays:
-    """Rows that take the largest logit until one of `stop_ids`, without a budget."""
-    arrays: dict[str, Any] = {
-        "stop_ids": np.tile(_padded(stop_ids), (batch_size, 1)),
-        "budget": np.full(batch_size, 2**31 - 1, np.int32),
-        "known": np.ones(vocab_size, bool),
-    }
-    return RequestArrays(**arrays, sampler=None)
-
-
 def request_arrays(
     params: Sequence[SamplingParams],
     *,
@@ -139,6 +130,23 @@ def request_arrays(
         return RequestArrays(**arrays, sampler=None)
     arrays["sampler"] = _sampler(params, sample_indices, prompts, len(known))
     return RequestArrays(**arrays)
+
+
+def equal_requests(
+    params: SamplingParams,
+    batch_size: int,
+    vocab_size: int,
+    eos_token_ids: Sequence[int] = (),
+) -> RequestArrays:
+    """The arrays of rows that all ask the same, without a budget."""
+    return request_arrays(
+        [params] * batch_size,
+        sample_indices=range(batch_size),
+        prompts=[[0]] * batch_size,
+        budgets=[2**31 - 1] * batch_size,
+        eos_token_ids=eos_token_ids,
+        known=np.ones(vocab_size, bool),
+    )
 
 
 def _sampler(
@@ -199,6 +207,11 @@ def sample_step(
     logits: Float[Array, "B V"], state: DecodeState, requests: RequestArrays
 ) -> tuple[Sampled, DecodeState]:
     """The next token of every active row, and which rows continue after it."""
+    with jax.named_scope("sample"):
+        return _sample_step(logits, state, requests)
+
+
+def _sample_step(logits, state: DecodeState, requests: RequestArrays):
     active, counts = state.active, state.counts
     logits = logits.astype(jnp.float32)
     if requests.sampler is None:

@@ -22,7 +22,7 @@ import numpy as np
 
 from minillm_jax.config import ConfigError
 from minillm_jax.decoding import decode, sampling
-from minillm_jax.decoding.executables import Executables, Key
+from minillm_jax.decoding.executables import Executables, Key, smallest_holding
 from minillm_jax.decoding.requests import Completion, Piece, Row
 from minillm_jax.model import cache as kv
 
@@ -249,9 +249,7 @@ class Loop:
             self._cache, self._capacity, held = taken
             self._grow(needed)
             return held
-        capacities = self._executables.capacities
-        larger = (c for c in capacities if c >= needed)
-        self._capacity = next(larger, capacities[-1])
+        self._capacity = smallest_holding(self._executables.capacities, needed)
         self._cache = self._executables(self._key("init_cache"))
         return 0
 
@@ -268,8 +266,8 @@ class Loop:
 
         Leaf by leaf: the peak is the cache and one leaf of the next.
         """
-        capacities = self._executables.capacities
-        while self._capacity < min(tokens, capacities[-1]):
+        longest = self._executables.capacities[-1]
+        while self._capacity < min(tokens, longest):
             slots = self._executables.larger_slots(self._capacity)
             key = self._key("grow_cache")
 
@@ -281,7 +279,7 @@ class Loop:
                 return grown
 
             self._cache = jax.tree.map(grow, self._cache)
-            self._capacity = next(c for c in capacities if c > self._capacity)
+            self._capacity = self._executables.larger(self._capacity)
 
     def _decode(self) -> sampling.Sampled:
         """Enqueues the next chunk."""

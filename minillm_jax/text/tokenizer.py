@@ -179,11 +179,9 @@ def load_tokenizer(path: str | pathlib.Path) -> FileTokenizer:
 
 
 def _settings(folder: pathlib.Path) -> Settings:
-    special: dict[str, str] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        special |= _special_tokens(folder / name)
-    file = folder / "tokenizer_config.json"
+    older, file = folder / "special_tokens_map.json", folder / "tokenizer_config.json"
     config = _read(file)
+    special = _special_tokens(older, _read(older)) | _special_tokens(file, config)
     add_bos = config.get("add_bos_token")
     if not (add_bos is None or isinstance(add_bos, bool)):
         raise TokenizerError(f"{file}: add_bos_token={add_bos!r} must be true or false")
@@ -207,10 +205,10 @@ def _read(file: pathlib.Path) -> dict[str, Any]:
     return values
 
 
-def _special_tokens(file: pathlib.Path) -> dict[str, str]:
+def _special_tokens(file: pathlib.Path, values: dict[str, Any]) -> dict[str, str]:
     """Fields such as "bos_token": each a text, or an object with its `content`."""
     found = {}
-    for name, value in _read(file).items():
+    for name, value in values.items():
         if not name.endswith("_token") or name.startswith("add_") or value is None:
             continue
         text = value.get("content") if isinstance(value, dict) else value
