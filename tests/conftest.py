@@ -33,3 +33,11 @@ def tiny_model(tiny_config):
 @pytest.fixture(scope="session")
 def tiny_params(tiny_model):
     return mj.init_params(tiny_model, seed=1)
+
+
+@pytest.fixture
+def unchecked():
+    """Without the annotations' run-time checks, as outside of tests."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -4,7 +4,6 @@ The cache of a row is right when its logits equal those of the whole sequence wi
 one, and when calls change no slot but those they write.
 """
 
-import contextlib
 import functools
 import itertools
 
@@ -18,6 +17,7 @@ import pytest
 import minillm_jax as mj
 from minillm_jax import testing
 from minillm_jax.decoding import checks, decode
+from minillm_jax.model import transformer
 
 PLAIN = mj.CachePolicy()
 RING = mj.CachePolicy(overflow="ring")
@@ -29,8 +29,7 @@ VOCABULARY = testing.tiny_config().vocab_size
 def build(**changes):
     """A tiny model with nothing in its parameters at 0 or 1."""
     model = mj.create_model(testing.tiny_config(**changes))
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+    shapes = transformer.param_shapes(model)
 
     def start(leaf):  # norm scales, the only vectors, at 1
         return np.full(leaf.shape, float(leaf.ndim == 1), leaf.dtype)
@@ -95,21 +94,6 @@ def assert_slots_kept(before, after, written):
 def close(actual, expected, atol=1e-5):
     expected = np.asarray(expected, np.float32)
     chex.assert_trees_all_close(np.asarray(actual), expected, atol=atol, rtol=0)
-
-
-@contextlib.contextmanager
-def counted_compilations():
-    compilations = []
-
-    def listen(event, duration, **_):
-        if event == "/jax/core/compile/backend_compile_duration":
-            compilations.append(duration)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield compilations
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 # Cached equals uncached
@@ -718,12 +702,12 @@ def test_nothing_is_compiled_again_for_other_lengths_and_steps():
 
     for length in (16, 4, 1, 19):  # every bucket once, and two in turn
         cache = once(cache, length, None)
-    with counted_compilations() as compilations:
+    with testing.counted_compilations() as compilations:
         for length, lengths in [(2, None), (13, [1, 13]), (18, [17, 0]), (17, None)]:
             lengths = None if lengths is None else np.array(lengths)
             cache = once(cache, length, lengths)
     assert not compilations
-    with counted_compilations() as compilations:  # the counter counts
+    with testing.counted_compilations() as compilations:  # the counter counts
         jax.jit(lambda x: x + 1)(1)
     assert len(compilations) == 1
 

@@ -11,7 +11,6 @@ import itertools
 import logging
 
 import jax
-import jaxtyping
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -20,6 +19,7 @@ from hypothesis import strategies as st
 import minillm_jax as mj
 from minillm_jax import testing
 from minillm_jax.decoding import generator
+from minillm_jax.model import transformer
 
 GREEDY = mj.SamplingParams(temperature=0.0)
 SAMPLED = mj.SamplingParams(temperature=1.5, top_p=0.95, seed=11)
@@ -46,8 +46,7 @@ def noise(**changes):
 
 def plain_params(model):
     """Zeros, and norm scales of 1: nothing has to be compiled for them."""
-    tokens = jax.ShapeDtypeStruct((1, 1), np.int32)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+    shapes = transformer.param_shapes(model)
     return jax.tree.map(
         lambda leaf: np.full(leaf.shape, float(leaf.ndim == 1), leaf.dtype), shapes
     )
@@ -98,14 +97,6 @@ def said(monkeypatch):
         monkeypatch.setattr(PIECES, "pieces", ["", *pieces, *rest])
 
     return say
-
-
-@pytest.fixture
-def unchecked():
-    """Without the annotations' run-time checks, as outside of tests."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def some_prompts(lengths, seed=0):

@@ -4,20 +4,19 @@ After `warmup` nothing compiles, by the count of JAX itself. A Session changes w
 prefilled, and no token.
 """
 
-import contextlib
 import functools
 import itertools
 import random
 import re
 
 import jax
-import jaxtyping
 import numpy as np
 import pytest
 
 import minillm_jax as mj
 from minillm_jax import testing
 from minillm_jax.decoding import decode, executables, generator
+from minillm_jax.model import transformer
 
 GREEDY = mj.SamplingParams(temperature=0.0)
 SAMPLED = mj.SamplingParams(temperature=1.5, repetition_penalty=1.2, seed=11)
@@ -38,33 +37,9 @@ def noise(**changes):
     fields = {"vocab_size": VOCABULARY, "max_seq_len": 16, "max_kv_cache_len": FULL}
     fields |= {"num_layers": 1, "prefill_chunk": 4}
     model = mj.create_model(testing.tiny_config(**(fields | changes)))
-    tokens = jax.ShapeDtypeStruct((1, 1), np.int32)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+    shapes = transformer.param_shapes(model)
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     return model, jax.device_put(testing.perturbed(zeros, seed=3, std=0.3))
-
-
-@pytest.fixture
-def unchecked():
-    """Without the annotations' run-time checks, as outside of tests."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
-
-@contextlib.contextmanager
-def counted_compilations():
-    compilations = []
-
-    def listen(event, duration, **_):
-        if event == "/jax/core/compile/backend_compile_duration":
-            compilations.append(duration)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield compilations
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 @functools.cache
@@ -72,7 +47,7 @@ def warm():
     """A generator after a warmup, the compilations JAX counted, and the seconds."""
     run = mj.Generator(*noise(num_layers=1), BYTES)
     jax.clear_caches()  # of other tests
-    with counted_compilations() as compilations:
+    with testing.counted_compilations() as compilations:
         seconds = run.warmup((1, 2))
     return run, len(compilations), seconds
 
@@ -107,7 +82,7 @@ def test_warmup_compiles_what_the_formula_says_and_tells_it():
 
 def test_a_second_warmup_compiles_nothing():
     run, *_ = warm()
-    with counted_compilations() as compilations, run.forbid_compile():
+    with testing.counted_compilations() as compilations, run.forbid_compile():
         assert run.warmup((2, 1)) == {}
     assert not compilations
 
@@ -163,7 +138,7 @@ def request_anything(run, draw, session):
 def run_random_requests(count):
     run, *_ = warm()
     draw, session = random.Random(count), mj.Session()
-    with counted_compilations() as compilations, run.forbid_compile():
+    with testing.counted_compilations() as compilations, run.forbid_compile():
         for _ in range(count):
             for completion in request_anything(run, draw, session):
                 assert completion.cache.tokens <= FULL
@@ -223,11 +198,11 @@ def test_parameters_on_a_device_or_of_numpy_compile_once(kind):
         params = jax.device_put(params, jax.devices()[0])
     run, prompt = mj.Generator(model, params), some_tokens(52)
     jax.clear_caches()
-    with counted_compilations() as compilations:
+    with testing.counted_compilations() as compilations:
         tokens = run.generate(prompt, 24, GREEDY)[0].tokens
     assert len(compilations) == sum(run.compilations.values())
     assert run.compilations["grow_cache"] == 1
-    with counted_compilations() as compilations:
+    with testing.counted_compilations() as compilations:
         again = run.generate(prompt, 24, GREEDY)[0].tokens
     assert not compilations
     assert tokens == again == warm()[0].generate(prompt, 24, GREEDY)[0].tokens
