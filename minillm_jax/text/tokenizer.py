@@ -7,7 +7,10 @@ Jinja's immutable sandbox, without access to attributes that are private or chan
 import dataclasses
 import datetime
 import json
+import os
 import pathlib
+import shutil
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,7 +20,20 @@ import jinja2.nodes
 import jinja2.sandbox
 import tokenizers
 
+from minillm_jax.json_files import read_object
+
 Messages = Sequence[Mapping[str, Any]]
+
+# What makes up a tokenizer beside its tokenizer.json, as far as a folder has it.
+BESIDE = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "added_tokens.json",
+    "tokenizer.model",
+)
+# Where a message may have the model's reasoning: templates read the first two.
+REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 class TokenizerError(ValueError):
@@ -70,7 +86,6 @@ class Settings:
 
     # "bos_token", "eos_token", ... -> its text
     special_tokens: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    add_bos_token: bool | None = None  # None = as the tokenizer.json does by itself
     eos_token_ids: tuple[int, ...] = ()
     chat_template: str | None = None
 
@@ -81,36 +96,28 @@ class FileTokenizer:
     chat_stop: tuple[str, ...] = ()
 
     def __init__(
-        self, tokenizer: tokenizers.Tokenizer, settings: Settings = Settings()
+        self,
+        tokenizer: tokenizers.Tokenizer,
+        settings: Settings = Settings(),
+        source: pathlib.Path | None = None,
     ):
-        """Takes what `load_tokenizer` has read."""
+        """Takes what `load_tokenizer` has read, and from which tokenizer.json."""
         self._tokenizer = tokenizer
         self._special = settings.special_tokens
         self._template = settings.chat_template
         self.known_ids = frozenset(tokenizer.get_vocab().values())
-        self.bos_token_id = self._id("bos_token")
-        ids = [self._id("eos_token"), *settings.eos_token_ids]
+        eos = self._special.get("eos_token")
+        own = None if eos is None else tokenizer.token_to_id(eos)
+        ids = [own, *settings.eos_token_ids]
         self.eos_token_ids = tuple(dict.fromkeys(i for i in ids if i is not None))
-        bos = self.bos_token_id
-        self._has_bos = bos is not None and tokenizer.encode("").ids[:1] == [bos]
-        wanted = settings.add_bos_token
-        self._wants_bos = self._has_bos if bos is None or wanted is None else wanted
-
-    def _id(self, name: str) -> int | None:
-        text = self._special.get(name)
-        return None if text is None else self._tokenizer.token_to_id(text)
+        self._files = {} if source is None else _files(source)
 
     def encode(self, text: str) -> list[int]:
-        """The ids, with the special tokens that the files ask for around them.
+        """The ids, with the special tokens that tokenizer.json puts around them.
 
         Lone surrogates, which no file of text has, become "?".
         """
-        ids = self._tokenizer.encode(_without_surrogates(text)).ids
-        if self._has_bos and not self._wants_bos:
-            return ids[1:]
-        if self._wants_bos and not self._has_bos and self.bos_token_id is not None:
-            return [self.bos_token_id, *ids]
-        return ids
+        return self._tokenizer.encode(_without_surrogates(text)).ids
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text, without special tokens."""
@@ -131,7 +138,11 @@ class FileTokenizer:
     def render_chat(
         self, messages: Messages, *, add_generation_prompt: bool = True
     ) -> str:
-        """The text that the chat template makes of a conversation."""
+        """The text that the chat template makes of a conversation.
+
+        What is None in a message is left out of it, and its reasoning, under whatever
+        name of `REASONING`, is there as reasoning_content and thinking.
+        """
         if self._template is None:
             raise TokenizerError(
                 "this tokenizer has no chat template: there is neither a "
@@ -142,7 +153,7 @@ class FileTokenizer:
                 _environment()
                 .from_string(self._template)
                 .render(
-                    messages=messages,
+                    messages=[_normalized(message) for message in messages],
                     add_generation_prompt=add_generation_prompt,
                     tools=None,
                     documents=None,
@@ -153,13 +164,40 @@ class FileTokenizer:
             reason = str(error) or type(error).__name__
             raise TokenizerError(f"chat template: {reason}") from error
 
+    def save(self, folder: str | pathlib.Path) -> None:
+        """Copies the files that it was read from into a folder, unchanged.
+
+        Those are tokenizer.json and what of `BESIDE` stood beside it, not the files of
+        the model; each is there as a whole or not at all. Other files there stay.
+
+        Raises:
+          TokenizerError: if there is no such folder, or a file to copy has gone, or
+            there never was one.
+        """
+        if not self._files:
+            raise TokenizerError(
+                "this tokenizer has no files to save: load_tokenizer makes one that has"
+            )
+        folder = pathlib.Path(folder)
+        if not folder.is_dir():
+            raise TokenizerError(f"{folder}: no such folder to save a tokenizer in")
+        for name, file in self._files.items():
+            try:
+                _copy(file, folder / name)
+            except FileNotFoundError as error:
+                raise TokenizerError(f"{file}: has gone since it was read") from error
+
 
 def load_tokenizer(path: str | pathlib.Path) -> FileTokenizer:
     """Reads a `tokenizer.json`, or the folder of a model that has one.
 
     Beside it, where they exist: `tokenizer_config.json` and `special_tokens_map.json`
-    (special tokens, add_bos_token), `chat_template.jinja`, `generation_config.json` and
+    (special tokens; the latter, older, only where the former has no
+    added_tokens_decoder), `chat_template.jinja`, `generation_config.json` and
     `config.json` (the list of EOS ids).
+
+    But for its special tokens, the tokenizer.json is taken as it stands: classes,
+    add_bos_token or split_special_tokens beside it, and names it lacks, change nothing.
 
     Raises:
       TokenizerError: if a file is missing or not what it should be.
@@ -175,34 +213,35 @@ def load_tokenizer(path: str | pathlib.Path) -> FileTokenizer:
     tokenizer.no_padding()
     tokenizer.no_truncation()
 
-    return FileTokenizer(tokenizer, _settings(file.parent))
+    settings = _settings(file.parent)
+    _make_special(tokenizer, settings.special_tokens.values())
+    return FileTokenizer(tokenizer, settings, file.absolute())
+
+
+def _make_special(tokenizer: tokenizers.Tokenizer, texts: Iterable[str]) -> None:
+    """Makes special tokens of those that tokenizer.json has as others."""
+    decoder = tokenizer.get_added_tokens_decoder()
+    added = {token.content: token for token in decoder.values()}
+    for text in texts:
+        token = added.get(text, tokenizers.AddedToken(text, normalized=False))
+        if not token.special and tokenizer.token_to_id(text) is not None:
+            token.special = True
+            tokenizer.add_special_tokens([token])
 
 
 def _settings(folder: pathlib.Path) -> Settings:
-    older, file = folder / "special_tokens_map.json", folder / "tokenizer_config.json"
-    config = _read(file)
-    special = _special_tokens(older, _read(older)) | _special_tokens(file, config)
-    add_bos = config.get("add_bos_token")
-    if not (add_bos is None or isinstance(add_bos, bool)):
-        raise TokenizerError(f"{file}: add_bos_token={add_bos!r} must be true or false")
+    file, older = folder / "tokenizer_config.json", folder / "special_tokens_map.json"
+    config = read_object(file, TokenizerError)
+    special = _special_tokens(file, config)
+    if "added_tokens_decoder" not in config:
+        others = read_object(older, TokenizerError)  # may say that there is none
+        special = {name: text for name, text in special.items() if name not in others}
+        special |= _special_tokens(older, others)
     ids: list[int] = []
     for name in ("generation_config.json", "config.json"):
         ids += _eos_ids(folder / name)
     template = _template(folder, config.get("chat_template"))
-    return Settings(special, add_bos, tuple(ids), template)
-
-
-def _read(file: pathlib.Path) -> dict[str, Any]:
-    """A JSON object, or nothing where there is no such file."""
-    if not file.is_file():
-        return {}
-    try:
-        values = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise TokenizerError(f"{file}: {error}") from error
-    if not isinstance(values, dict):
-        raise TokenizerError(f"{file}: must hold a JSON object")
-    return values
+    return Settings(special, tuple(ids), template)
 
 
 def _special_tokens(file: pathlib.Path, values: dict[str, Any]) -> dict[str, str]:
@@ -212,9 +251,9 @@ def _special_tokens(file: pathlib.Path, values: dict[str, Any]) -> dict[str, str
         if not name.endswith("_token") or name.startswith("add_") or value is None:
             continue
         text = value.get("content") if isinstance(value, dict) else value
-        if not isinstance(text, str):
+        if not isinstance(text, str) or text != _without_surrogates(text):
             raise TokenizerError(
-                f"{file}: {name}={value!r} must be a string, or an object with content"
+                f"{file}: {name}={value!r} must be a text, or an object with content"
             )
         found[name] = text
     return found
@@ -222,7 +261,7 @@ def _special_tokens(file: pathlib.Path, values: dict[str, Any]) -> dict[str, str
 
 def _eos_ids(file: pathlib.Path) -> list[int]:
     """The EOS ids that a file names: one, or a list."""
-    value = _read(file).get("eos_token_id")
+    value = read_object(file, TokenizerError).get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
     for item in ids:
         if not isinstance(item, int) or isinstance(item, bool) or item < 0:
@@ -254,6 +293,35 @@ def _template(folder: pathlib.Path, given: Any) -> str | None:
             )
         named[name] = text
     return named.get("default")
+
+
+def _files(source: pathlib.Path) -> dict[str, pathlib.Path]:
+    """The files that make up a tokenizer, under the names that a folder has them."""
+    beside = {name: source.with_name(name) for name in BESIDE}
+    found = {name: file for name, file in beside.items() if file.is_file()}
+    return found | {"tokenizer.json": source}
+
+
+def _copy(source: pathlib.Path, target: pathlib.Path) -> None:
+    """Copies a file, so that `target` is the old one until it is the new one."""
+    if target.exists() and target.samefile(source):
+        return
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    try:
+        shutil.copyfile(source, temporary)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _normalized(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message without what is None, its reasoning where templates look for it."""
+    message = {key: value for key, value in message.items() if value is not None}
+    for name in REASONING:
+        if name in message:
+            reasoning = message[name]
+            return {"thinking": reasoning, **message, "reasoning_content": reasoning}
+    return message
 
 
 def _without_surrogates(text: str) -> str:

@@ -5,6 +5,7 @@ import datetime
 import io
 import json
 import os
+import shutil
 
 import pytest
 import tokenizers
@@ -13,6 +14,8 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from minillm_jax.text.tokenizer import (
+    BESIDE,
+    REASONING,
     ByteTokenizer,
     FileTokenizer,
     Settings,
@@ -133,15 +136,15 @@ def test_a_tokenizer_json_is_enough(tmp_path, name, kind):
     text = "Größe 😀\n"
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.eos_token_ids == ()
-    assert tokenizer.bos_token_id is None
     assert tokenizer.known_ids == frozenset(range(260))
 
 
 def test_files_beside_a_tokenizer_json_are_read_when_it_is_given_itself(tmp_path):
-    write(tmp_path, {"tokenizer_config.json": BOTH | {"add_bos_token": True}})
+    template = "{{ bos_token }}{{ eos_token }}"
+    write(tmp_path, {"tokenizer_config.json": BOTH | {"chat_template": template}})
     tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
-    assert tokenizer.encode("a")[0] == tokenizer.bos_token_id == BOS
     assert tokenizer.eos_token_ids == (EOS,)
+    assert tokenizer.encode_chat([USER]) == [BOS, EOS]
 
 
 @settings(max_examples=40, deadline=None)
@@ -160,26 +163,19 @@ def split_off(text):
 
 @pytest.mark.parametrize("names", [BOTH, OBJECTS])
 @pytest.mark.parametrize("adds_bos", [True, False])
-@pytest.mark.parametrize("add_bos_token", [True, False, None, "absent"])
-def test_there_is_one_bos_or_none(tmp_path, names, adds_bos, add_bos_token):
+@pytest.mark.parametrize("add_bos_token", [True, False, None, "true", "absent"])
+def test_there_is_a_bos_where_tokenizer_json_adds_one(
+    tmp_path, names, adds_bos, add_bos_token
+):
     config = dict(names)
     if add_bos_token != "absent":
-        config["add_bos_token"] = add_bos_token
+        config |= {"add_bos_token": add_bos_token, "add_eos_token": add_bos_token}
     tokenizer = loaded(tmp_path, {"tokenizer_config.json": config}, adds_bos=adds_bos)
-    wanted = adds_bos if add_bos_token in (None, "absent") else add_bos_token
     tokens = tokenizer.encode("one two")
-    assert tokens.count(BOS) == (tokens[0] == BOS) == wanted
+    assert tokens == [BOS] * adds_bos + byte_level().encode("one two").ids
     assert tokenizer.decode(tokens) == "one two"
-    assert tokenizer.encode("") == [BOS] * wanted
+    assert tokenizer.encode("") == [BOS] * adds_bos
     assert tokenizer.eos_token_ids == (EOS,)
-
-
-@pytest.mark.parametrize("bos", ["<nosuch>", None])
-def test_a_bos_that_is_no_token_is_not_added(tmp_path, bos):
-    tokenizer = with_config(tmp_path, bos_token=bos, add_bos_token=True)
-    assert tokenizer.bos_token_id is None
-    assert tokenizer.decode(tokenizer.encode("one")) == "one"
-    assert len(tokenizer.encode("one")) == 3
 
 
 @pytest.mark.parametrize(
@@ -201,7 +197,21 @@ def test_a_bos_that_is_no_token_is_not_added(tmp_path, bos):
                 "tokenizer_config.json": {"eos_token": "<|im_end|>"},
                 "special_tokens_map.json": BOTH,
             },
-            (IM_END,),
+            (EOS,),
+        ),
+        (
+            {
+                "tokenizer_config.json": BOTH,
+                "special_tokens_map.json": {"eos_token": None},
+            },
+            (),
+        ),
+        (
+            {
+                "tokenizer_config.json": BOTH | {"added_tokens_decoder": {}},
+                "special_tokens_map.json": {"eos_token": "<|im_end|>"},
+            },
+            (EOS,),
         ),
         (
             {
@@ -242,6 +252,34 @@ def test_decode_skips_special_tokens_and_ids_without_a_token(tmp_path):
     assert tokenizer.decode([BOS, one, IM_END, two, 10**6, EOS]) == "é"
     assert tokenizer.decode([BOS, EOS]) == ""
     assert tokenizer.decode([]) == ""
+
+
+PLAIN = "<tool>"  # with the space after it
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "others", "decoded"),
+    [
+        ("eos_token", PLAIN, {}, "a bZ"),
+        ("image_token", PLAIN, {}, "a bZ"),
+        ("eos_token", {"content": PLAIN, "rstrip": False}, {}, "a bZ"),
+        ("eos_token", "Z", {}, f"a {PLAIN}b"),
+        ("eos_token", "</s>", {}, f"a {PLAIN}bZ"),
+        ("eos_token", "<nosuch>", {}, f"a {PLAIN}bZ"),
+        ("eos_token", "", {}, f"a {PLAIN}bZ"),
+        ("pad_token", None, {"add_token": PLAIN}, f"a {PLAIN}bZ"),
+    ],
+)
+def test_a_named_special_token_is_special(tmp_path, name, text, others, decoded):
+    stored = byte_level()
+    stored.add_tokens([tokenizers.AddedToken(PLAIN, rstrip=True, normalized=False)])
+    stored.save(str(tmp_path / "tokenizer.json"))
+    ids = stored.encode(f"a {PLAIN}  bZ").ids
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({name: text} | others))
+    tokenizer = load_tokenizer(tmp_path)
+    assert list(tokenizer.encode(f"a {PLAIN}  bZ")) == ids
+    assert tokenizer.decode(ids) == decoded
+    assert tokenizer.known_ids == frozenset(range(261))
 
 
 def test_lone_surrogates_in_a_prompt_are_replaced_as_bytes_are(tmp_path):
@@ -345,15 +383,13 @@ def test_a_conversation_is_what_its_template_makes_of_it(tmp_path, style, files)
 
 
 @pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("add_bos_token", [True, False, None])
 @pytest.mark.parametrize("adds_bos", [True, False])
 def test_bos_is_in_an_encoded_conversation_as_often_as_in_its_template(
-    tmp_path, style, add_bos_token, adds_bos
+    tmp_path, style, adds_bos
 ):
     template, expected, prompt = STYLES[style]
-    config = BOTH | {"chat_template": template, "add_bos_token": add_bos_token}
-    files = {"tokenizer_config.json": config}
-    tokens = loaded(tmp_path, files, adds_bos=adds_bos).encode_chat(TURNS)
+    tokenizer = loaded(tmp_path, as_string(template), adds_bos=adds_bos)
+    tokens = tokenizer.encode_chat(TURNS)
     wanted = expected.count("<s>")
     assert tokens.count(BOS) == (tokens[0] == BOS) == wanted
     assert tokens.count(IM_END) == expected.count("<|im_end|>")
@@ -383,6 +419,39 @@ def test_a_conversation_without_a_template_is_an_error_that_says_so(tmp_path, fi
             TokenizerError, match=r"no chat template.*chat_template\.jinja"
         ):
             use([USER])
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"role": "user", "content": None, "calls": None}, {"role": "user"}),
+        ({"content": "", "n": 0, "x": [None]}, {"content": "", "n": 0, "x": [None]}),
+        *(
+            (
+                {name: "a", "role": "x"},
+                {"thinking": "a", name: "a", "role": "x", "reasoning_content": "a"},
+            )
+            for name in ("thinking", "reasoning", "reasoning_content")
+        ),
+        (
+            {"reasoning": "c", "thinking": "b", "reasoning_content": "a"},
+            {"thinking": "b", "reasoning": "c", "reasoning_content": "a"},
+        ),
+        (
+            {"reasoning": "c", "thinking": "b", "reasoning_content": None},
+            {"thinking": "b", "reasoning": "c", "reasoning_content": "b"},
+        ),
+        ({"reasoning": "", "thinking": None}, dict.fromkeys(REASONING[::-1], "")),
+    ],
+)
+def test_messages_reach_a_template_without_none_and_with_their_reasoning(
+    given, expected
+):
+    before = copy.deepcopy(given)
+    items = "{% for k, v in messages[0].items() %}{{ [k, v]|tojson }}\n{% endfor %}"
+    found = dict(map(json.loads, rendering(items, [given]).splitlines()))
+    assert found == expected
+    assert given == before
 
 
 LOOP = "{% for i in range(4) %}"
@@ -480,6 +549,137 @@ def test_raise_exception_is_an_error_with_the_templates_message():
 def test_what_a_message_says_is_not_part_of_the_template(text):
     message = {"role": "user", "content": text}
     assert rendering("{{ messages[0].content }}", [message]) == text
+
+
+# Saving
+
+WHOLE = {
+    "tokenizer_config.json": BOTH | {"eos_token": "Z", "extra": ["é", 1.50]},
+    "special_tokens_map.json": BOTH,
+    "chat_template.jinja": LLAMA3 + "\r\n",
+    "added_tokens.json": "{}\n",
+    "tokenizer.model": b"\0\xff\r\n",
+    "config.json": {"eos_token_id": PAD},
+    "generation_config.json": {"eos_token_id": [EOS]},
+    "notes.txt": "mine",
+}
+
+
+def folder_of(parent, name, files=None, **options):
+    """A new folder: a model's with these files, or an empty one."""
+    folder = parent / name
+    folder.mkdir()
+    return folder if files is None else write(folder, files, **options)
+
+
+def contents(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def behaviour(tokenizer):
+    text = "<s>one Z</s> é"
+    try:
+        chat = tokenizer.encode_chat(TURNS)
+    except TokenizerError as error:
+        chat = str(error)
+    ids = tokenizer.encode(text)
+    return ids, tokenizer.decode(ids), chat, tokenizer.eos_token_ids
+
+
+@pytest.mark.parametrize(
+    "left_out", [(), ("special_tokens_map.json",), ("chat_template.jinja",), BESIDE]
+)
+@pytest.mark.parametrize("kind", [str, lambda path: path])
+def test_a_saved_tokenizer_is_the_same_when_loaded(tmp_path, left_out, kind):
+    of_the_model = ("config.json", "generation_config.json")
+    files = {name: WHOLE[name] for name in set(WHOLE) - {*left_out, *of_the_model}}
+    source = folder_of(tmp_path, "source", files, adds_bos=True)
+    target = folder_of(tmp_path, "target")
+    tokenizer = load_tokenizer(source)
+    tokenizer.save(kind(target))
+    expected = contents(source)
+    del expected["notes.txt"]
+    assert contents(target) == expected
+    assert behaviour(load_tokenizer(target)) == behaviour(tokenizer)
+
+
+def test_saving_leaves_other_files_alone_and_copies_none_of_the_model(tmp_path):
+    source = folder_of(tmp_path, "source", WHOLE)
+    target = folder_of(tmp_path, "target")
+    mine = {"config.json": b"mine", "model.safetensors": b"weights"}
+    for name, content in mine.items():
+        (target / name).write_bytes(content)
+    (target / "tokenizer.json").write_bytes(b"old")
+    load_tokenizer(source).save(target)
+    copied = {"tokenizer.json", *BESIDE}
+    expected = {k: v for k, v in contents(source).items() if k in copied}
+    assert contents(target) == expected | mine
+
+
+def test_a_file_of_another_name_is_saved_as_tokenizer_json(tmp_path, monkeypatch):
+    source = folder_of(tmp_path, "source", {"tokenizer_config.json": BOTH})
+    (source / "tokenizer.json").rename(source / "other.json")
+    target = folder_of(tmp_path, "target")
+    monkeypatch.chdir(source)
+    tokenizer = load_tokenizer("other.json")
+    monkeypatch.chdir(tmp_path)
+    tokenizer.save("target")
+    assert set(contents(target)) == {"tokenizer.json", "tokenizer_config.json"}
+    assert behaviour(load_tokenizer(target)) == behaviour(tokenizer)
+
+
+def test_saving_into_its_own_folder_changes_nothing(tmp_path):
+    source = folder_of(tmp_path, "source", WHOLE)
+    (source / "tokenizer.json").rename(tmp_path / "elsewhere.json")
+    (source / "tokenizer.json").symlink_to(tmp_path / "elsewhere.json")
+    before = contents(source)
+    load_tokenizer(source).save(source)
+    (tmp_path / "link").symlink_to(source)
+    load_tokenizer(tmp_path / "link").save(source)
+    assert contents(source) == before
+    assert (source / "tokenizer.json").is_symlink()
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("into_its_own", [False, True])
+def test_a_source_that_has_gone_is_named(tmp_path, name, into_its_own):
+    source = folder_of(tmp_path, "source", WHOLE)
+    target = source if into_its_own else folder_of(tmp_path, "target", {})
+    tokenizer = load_tokenizer(source)
+    (source / name).unlink()
+    with pytest.raises(TokenizerError) as caught:
+        tokenizer.save(target)
+    assert str(source / name) in str(caught.value)
+
+
+def test_a_tokenizer_without_files_or_without_a_folder_to_go_to_is_not_saved(tmp_path):
+    with pytest.raises(TokenizerError, match="no files"):
+        FileTokenizer(byte_level()).save(tmp_path)
+    source = folder_of(tmp_path, "source", {})
+    for nosuch in (tmp_path / "nosuch", source / "tokenizer.json"):
+        with pytest.raises(TokenizerError) as caught:
+            load_tokenizer(source).save(nosuch)
+        assert str(nosuch) in str(caught.value)
+
+
+@pytest.mark.parametrize(("module", "name"), [(os, "replace"), (shutil, "copyfile")])
+def test_a_copy_that_fails_leaves_the_old_file_and_no_other(
+    tmp_path, monkeypatch, module, name
+):
+    source = folder_of(tmp_path, "source", {})
+    target = folder_of(tmp_path, "target")
+    (target / "tokenizer.json").write_bytes(b"old")
+    tokenizer = load_tokenizer(source)
+
+    def fail(_, new):
+        if module is shutil:
+            new.write_bytes(b"half")
+        raise OSError("no space")
+
+    monkeypatch.setattr(module, name, fail)
+    with pytest.raises(OSError, match="no space"):
+        tokenizer.save(target)
+    assert contents(target) == {"tokenizer.json": b"old"}
 
 
 # Templates are other people's programs
@@ -704,19 +904,11 @@ def test_a_chat_template_that_is_none_is_an_error_that_names_the_file(tmp_path, 
 
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
 @pytest.mark.parametrize("field", ["bos_token", "eos_token"])
-@pytest.mark.parametrize("given", [5, True, ["<s>"], {}, {"content": 5}])
+@pytest.mark.parametrize("given", [5, True, ["<s>"], {}, {"content": 5}, "\ud800"])
 def test_a_special_token_that_is_none_is_an_error_that_names_the_file(
     tmp_path, name, field, given
 ):
     check_refused(tmp_path, {name: {field: given}}, name)
-
-
-@pytest.mark.parametrize("given", [1, "true", "false", [], {}])
-def test_an_add_bos_token_that_is_no_bool_is_an_error_that_names_the_file(
-    tmp_path, given
-):
-    name = "tokenizer_config.json"
-    check_refused(tmp_path, {name: BOTH | {"add_bos_token": given}}, name)
 
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
@@ -728,7 +920,10 @@ JSON = st.recursive(
     ),
     max_leaves=8,
 )
-FIELDS = ("bos_token", "eos_token", "add_bos_token", "eos_token_id", "chat_template")
+FIELDS = (
+    *("bos_token", "eos_token", "add_bos_token", "eos_token_id", "chat_template"),
+    "added_tokens_decoder",
+)
 FILES = st.dictionaries(
     st.sampled_from(JSON_FILES),
     st.dictionaries(st.sampled_from(FIELDS), JSON) | JSON,
