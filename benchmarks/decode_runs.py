@@ -107,7 +107,9 @@ def run(
         "new_tokens": shape.new_tokens,
         "capacity": shape.capacity,
         "cache_bytes_allocated": costs.cache_bytes(config, rows, slots),
-        "cache_bytes_used": costs.cache_bytes(config, rows, min(shape.context, slots)),
+        "cache_bytes_used": costs.cache_bytes(
+            config, rows, [min(shape.context, count) for count in slots]
+        ),
         "compile_seconds": compiled,
         "ttft_seconds": ttft,
         "prefill_tokens_per_second": rows * shape.prompt_tokens / ttft,

@@ -1,21 +1,25 @@
 """Model configuration: the fields, the four presets and the legacy names.
 
 A `ModelConfig` is frozen, hashable and valid: it can be a static argument of `jax.jit`,
-and nothing behind it checks a field twice. This module touches no device.
+and nothing behind it checks a field twice. This module touches no device. What goes
+together, and what follows from what, is in config_rules.py.
 """
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from minillm_jax import validation
+from minillm_jax import config_rules, validation
+from minillm_jax.config_rules import HeadDim
+from minillm_jax.rope_scaling import MAX_POSITIONS as MAX_POSITIONS
+from minillm_jax.rope_scaling import RopeScaling as RopeScaling
+from minillm_jax.rope_scaling import Tokens as Tokens
 from minillm_jax.validation import ConfigError as ConfigError
 from minillm_jax.validation import OneOf, Range
 
-MAX_POSITIONS = 2**24  # RoPE takes positions in float32, exact up to here
+MAX_LAYERS = 4096
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
-Tokens = Range(1, MAX_POSITIONS)
-HeadDim = Range(2, 2**16)
+_Positive = Range(1e-6, 1e6)
 Dtype = OneOf(("auto", *FLOAT_DTYPES))
 
 # Names other libraries use for the same thing. They work, with a DeprecationWarning.
@@ -54,103 +58,9 @@ LEGACY_NAMES = {
 }
 
 
-def _derive(values: dict[str, Any]) -> frozenset[str]:
-    """Fills the fields left at None from those that are right; returns their names."""
-    rules = {
-        "num_kv_heads": lambda v: v["num_heads"],
-        "head_dim": lambda v: v["dim_model"] // v["num_heads"],
-        "dim_ff": lambda v: -(-8 * v["dim_model"] // (3 * 128)) * 128,
-        "prefill_chunk": lambda v: min(v["max_seq_len"], 512),
-    }
-    derived = set()
-    for name, rule in rules.items():
-        if name in values and values[name] is None:
-            derived.add(name)
-            try:
-                values[name] = rule(values)
-            except KeyError:  # a field it needs is wrong, and reported as such
-                del values[name]
-    return frozenset(derived)
-
-
-def _contradictions(v: dict[str, Any], derived: frozenset[str]) -> list[str]:
-    """Problems between fields; those missing from `v` have a problem of their own."""
-
-    def broken(rule, *names: str) -> bool:
-        return all(name in v for name in names) and rule(*(v[name] for name in names))
-
-    problems = []
-    if broken(lambda s, c: c < s, "max_seq_len", "max_kv_cache_len"):
-        problems.append(
-            f"max_kv_cache_len={v['max_kv_cache_len']}: must be at least max_seq_len="
-            f"{v['max_seq_len']}; write {min(2 * v['max_seq_len'], MAX_POSITIONS)}"
-        )
-    if "head_dim" in derived and broken(lambda d, n: d % n, "dim_model", "num_heads"):
-        divisor = _nearest_divisor(v["dim_model"], v["num_heads"])
-        problems.append(
-            f"num_heads={v['num_heads']}: must divide dim_model={v['dim_model']}; "
-            f"write {divisor}, or set head_dim"
-        )
-    elif broken(lambda h: HeadDim.problem(h) is not None, "head_dim"):
-        problems.append(f"head_dim={v['head_dim']}: {HeadDim.problem(v['head_dim'])}")
-    elif broken(lambda h: h % 2, "head_dim"):
-        problems.append(
-            f"head_dim={v['head_dim']}: must be even, for RoPE turns pairs; "
-            f"write {v['head_dim'] + 1}"
-        )
-    if broken(lambda n, k: n % k, "num_heads", "num_kv_heads"):
-        divisor = _nearest_divisor(v["num_heads"], v["num_kv_heads"])
-        problems.append(
-            f"num_kv_heads={v['num_kv_heads']}: must divide num_heads="
-            f"{v['num_heads']}; write {divisor}"
-        )
-    if "prefill_chunk" not in derived and broken(
-        lambda chunk, cache: chunk > cache, "prefill_chunk", "max_kv_cache_len"
-    ):
-        problems.append(
-            f"prefill_chunk={v['prefill_chunk']}: must be at most max_kv_cache_len="
-            f"{v['max_kv_cache_len']}; write {min(512, v['max_kv_cache_len'])}"
-        )
-    if broken(
-        lambda ids, n: any(not 0 <= i < n for i in ids), "eos_token_ids", "vocab_size"
-    ):
-        problems.append(
-            f"eos_token_ids={validation.shown(v['eos_token_ids'])}: must be in the "
-            f"vocabulary, 0 to {v['vocab_size'] - 1}"
-        )
-    return problems
-
-
-def _nearest_divisor(number: int, wanted: int) -> int:
-    divisors = [d for d in range(1, min(number, 2 * wanted) + 1) if number % d == 0]
-    return min(divisors, key=lambda d: abs(d - wanted))
-
-
-def _scaling_contradictions(v: dict[str, Any], _: frozenset[str]) -> list[str]:
-    low, high = v.get("low_freq_factor"), v.get("high_freq_factor")
-    if low is None or high is None or low < high:
-        return []
-    return [f"low_freq_factor={low}: must be below high_freq_factor={high}"]
-
-
-@validation.checked_fields(contradictions=_scaling_contradictions)
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RopeScaling:
-    """How RoPE's frequencies are stretched beyond the trained context.
-
-    Field names are those of Hugging Face's `rope_scaling` entry. `linear` divides every
-    frequency by `factor` (Chen et al. 2023, arXiv:2306.15595); `llama3` only the low
-    ones, with a smooth transition (Llama 3.1, arXiv:2407.21783).
-    """
-
-    rope_type: Annotated[str, OneOf(("linear", "llama3"))]
-    factor: Annotated[float, Range(1.0, 1e6)]
-    low_freq_factor: Annotated[float, Range(1e-6, 1e6)] = 1.0
-    high_freq_factor: Annotated[float, Range(1e-6, 1e6)] = 4.0
-    original_max_position_embeddings: Annotated[int, Tokens] = 8192
-
-
-@validation.checked_fields(_derive, _contradictions, LEGACY_NAMES)
+@validation.checked_fields(
+    config_rules.derive, config_rules.contradictions, LEGACY_NAMES
+)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A decoder-only transformer, from its widths to its dtypes.
@@ -171,26 +81,56 @@ class ModelConfig:
     dim_model: Annotated[int, Range(1, 2**20)]
     num_heads: Annotated[int, Range(1, 2**16)]
     vocab_size: Annotated[int, Range(1, 2**24)]
-    num_layers: Annotated[int, Range(1, 4096)] = 8
+    num_layers: Annotated[int, Range(1, MAX_LAYERS)] = 8
     # Grouped-query attention (arXiv:2305.13245); None = num_heads.
     num_kv_heads: Annotated[int, Range(1, 2**16)] = None  # pyright: ignore
     head_dim: Annotated[int, HeadDim] = None  # pyright: ignore
     # Width of the gated MLP; None = 8/3 dim_model, rounded up to 128.
     dim_ff: Annotated[int, Range(1, 2**24)] = None  # pyright: ignore
+    activation: Annotated[str, OneOf(("silu", "gelu_tanh"))] = "silu"  # of the gate
+    eos_token_ids: tuple[int, ...] = ()
+
+    # Positions.
     rope_theta: Annotated[float, Range(1.0, 1e12)] = 10000.0
     rope_scaling: RopeScaling | None = None
+    # Leading elements of each head that RoPE turns; None = head_dim.
+    rotary_dim: Annotated[int, HeadDim] = None  # pyright: ignore
     # A token sees itself and the sliding_window - 1 before it; None = all before it.
     sliding_window: Annotated[int | None, Tokens] = None
-    norm_eps: Annotated[float, Range(1e-12, 1.0)] = 1e-5
-    tie_embeddings: bool = False
+    # Layers that see all the same, counted from 0, where there is a sliding_window.
+    global_layers: tuple[int, ...] = ()
+    # RoPE base of the layers with the window, then without rope_scaling; None = as the
+    # others.
+    local_rope_theta: Annotated[float | None, Range(1.0, 1e12)] = None
+
+    # Attention: biases, RMSNorm of each query and key head, scores / sqrt(scalar), then
+    # cap tanh(scores / cap). The scalar None = head_dim.
     qkv_bias: bool = False
     qk_norm: bool = False
-    eos_token_ids: tuple[int, ...] = ()
+    query_pre_attn_scalar: Annotated[float, _Positive] = None  # pyright: ignore
+    attention_softcap: Annotated[float | None, _Positive] = None
+
+    # Norms; norm_unit_offset multiplies by 1 + scale, post_norms normalise what
+    # attention and MLP add to the residual stream.
+    norm_eps: Annotated[float, Range(1e-12, 1.0)] = 1e-5
+    norm_unit_offset: bool = False
+    post_norms: bool = False
+
+    # Embedding and logits.
+    tie_embeddings: bool = False
+    embedding_scale: Annotated[float, _Positive] = 1.0
+    logits_softcap: Annotated[float | None, _Positive] = None
+
+    # How it runs.
     # Tokens of one prefill call at most; None = min(max_seq_len, 512).
     prefill_chunk: Annotated[int, Tokens] = None  # pyright: ignore
     dtype: Annotated[str, Dtype] = "auto"  # of computation
     param_dtype: Annotated[str, Dtype] = "auto"  # parameters as stored
     cache_dtype: Annotated[str, Dtype] = "auto"  # keys and values as stored
+
+    def window(self, layer: int) -> int | None:
+        """Tokens that a query of a layer sees, itself included; None = all."""
+        return None if layer in self.global_layers else self.sliding_window
 
     @property
     def queries_per_kv_head(self) -> int:
@@ -228,7 +168,7 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Every field, derived ones included, as plain JSON values."""
-        return dataclasses.asdict(self) | {"eos_token_ids": list(self.eos_token_ids)}
+        return dataclasses.asdict(self, dict_factory=_with_lists)
 
     @classmethod
     def from_dict(cls, values: Mapping[Any, Any]) -> "ModelConfig":
@@ -239,6 +179,10 @@ class ModelConfig:
         if strange:
             raise ConfigError(f"field names must be strings, not {', '.join(strange)}")
         return cls(**values)
+
+
+def _with_lists(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {n: list(v) if isinstance(v, tuple) else v for n, v in fields}
 
 
 def check_is_config(config: Any) -> None:

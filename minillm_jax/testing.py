@@ -8,6 +8,7 @@ H head dim, D model dim, F ffn dim, V vocab.
 """
 
 import contextlib
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -74,6 +75,7 @@ def reference_logits(
     segment_ids: Rows | None = None,
     window: int | None = None,
     sinks: int = 0,
+    reach: int = 0,
 ) -> np.ndarray:
     """Next-token logits of every token, float64 `[B, T, V]`.
 
@@ -83,28 +85,28 @@ def reference_logits(
       tokens: `[B, T]`, of any T.
       lengths: `[B]`, each row's valid tokens; logits of the rest are 0.
       segment_ids: `[B, T]`, packed documents from 1 on; logits of padding (0) are 0.
-      window: what a query sees, sinks included; None = `config.sliding_window`, or all.
+      window: what a query sees in every layer, sinks included; None = as the config
+        says.
       sinks: first positions that every query after them sees, as in a ring.
+      reach: tokens that RoPE turns for, where a sequence has fewer.
     """
     tokens, weights = np.asarray(tokens), _float64(params)
-    window = config.sliding_window if window is None else window
     logits = np.zeros((*tokens.shape, config.vocab_size))
     for row, ids in enumerate(tokens):
         segments = np.ones_like(ids) if segment_ids is None else segment_ids[row]
         segments = np.asarray(segments)
-        mask = _mask(segments, window, sinks)
-        x = weights["embedding"][ids]
+        length = len(ids) if lengths is None else int(np.asarray(lengths)[row])
+        x = weights["embedding"][ids] * config.embedding_scale
         for layer in range(config.num_layers):
-            block = weights[f"layers_{layer}"]
-            normed = _rms_norm(config, x, block["attention_norm"])
-            x = x + _attention(config, block["attention"], normed, segments, mask)
-            x = x + _mlp(block["mlp"], _rms_norm(config, x, block["mlp_norm"]))
+            own = None if layer in config.global_layers else config.sliding_window
+            mask = _mask(segments, own if window is None else window, sinks)
+            turns = _turns(config, segments, own is not None, length, reach)
+            x = _block(config, weights[f"layers_{layer}"], x, mask, turns)
         head = weights["embedding"].T if config.tie_embeddings else weights["lm_head"]
-        valid = segments > 0
-        if lengths is not None:
-            valid = valid & (np.arange(len(ids)) < np.asarray(lengths)[row])
+        valid = (segments > 0) & (np.arange(len(ids)) < length)
         x = _rms_norm(config, x, weights["final_norm"])
-        logits[row] = np.where(valid[:, None], x @ head, 0.0)
+        capped = _capped(x @ head, config.logits_softcap)
+        logits[row] = np.where(valid[:, None], capped, 0.0)
     return logits
 
 
@@ -123,21 +125,41 @@ def _mask(segments, window: int | None, sinks: int) -> np.ndarray:
     return mask
 
 
+def _capped(x, cap: float | None) -> np.ndarray:
+    return x if cap is None else np.tanh(x / cap) * cap
+
+
 def _rms_norm(config: ModelConfig, x, norm) -> np.ndarray:
     mean_square = np.mean(x**2, axis=-1, keepdims=True)
-    return x / np.sqrt(mean_square + config.norm_eps) * norm["scale"]
+    scale = norm["scale"] + (1 if config.norm_unit_offset else 0)
+    return x / np.sqrt(mean_square + config.norm_eps) * scale
 
 
-def _mlp(kernels, x) -> np.ndarray:
+def _block(config: ModelConfig, block, x, mask, turns) -> np.ndarray:
+    """One layer: attention and MLP, added to `x` `[T, D]`."""
+    normed = _rms_norm(config, x, block["attention_norm"])
+    added = _attention(config, block["attention"], normed, mask, turns)
+    if config.post_norms:
+        added = _rms_norm(config, added, block["attention_post_norm"])
+    x = x + added
+    added = _mlp(config, block["mlp"], _rms_norm(config, x, block["mlp_norm"]))
+    if config.post_norms:
+        added = _rms_norm(config, added, block["mlp_post_norm"])
+    return x + added
+
+
+def _mlp(config: ModelConfig, kernels, x) -> np.ndarray:
     gate, up = x @ kernels["gate_up"][:, 0], x @ kernels["gate_up"][:, 1]
-    return (gate / (1 + np.exp(-gate)) * up) @ kernels["down"]
+    if config.activation == "silu":
+        gate = gate / (1 + np.exp(-gate))
+    else:  # GELU by its tanh approximation (Hendrycks & Gimpel, arXiv:1606.08415)
+        inner = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
+        gate = gate * (1 + np.tanh(inner)) / 2
+    return (gate * up) @ kernels["down"]
 
 
-def _attention(config: ModelConfig, block, x, segments, mask) -> np.ndarray:
+def _attention(config: ModelConfig, block, x, mask, turns) -> np.ndarray:
     """All heads' mixed values, projected and added up: `[T, D]`."""
-    positions = np.zeros(len(segments))
-    for i in range(1, len(segments)):  # each document's own start at 0
-        positions[i] = positions[i - 1] + 1 if segments[i] == segments[i - 1] else 0
     groups = config.num_heads // config.num_kv_heads
     out = np.zeros_like(x)
     for kv_head in range(config.num_kv_heads):
@@ -150,9 +172,10 @@ def _attention(config: ModelConfig, block, x, segments, mask) -> np.ndarray:
         if config.qk_norm:
             k = _rms_norm(config, k, block["k_norm"])
             queries = [_rms_norm(config, q, block["q_norm"]) for q in queries]
-        k = _rotate(config, k, positions)
+        k = _rotate(k, *turns)
         for group, q in enumerate(queries):
-            scores = _rotate(config, q, positions) @ k.T / math.sqrt(config.head_dim)
+            scores = _rotate(q, *turns) @ k.T / math.sqrt(config.query_pre_attn_scalar)
+            scores = _capped(scores, config.attention_softcap)
             scores = np.where(mask, scores, -np.inf)
             scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
             probs = scores / scores.sum(axis=-1, keepdims=True)
@@ -160,23 +183,63 @@ def _attention(config: ModelConfig, block, x, segments, mask) -> np.ndarray:
     return out
 
 
-def _rotate(config: ModelConfig, x, positions) -> np.ndarray:
-    """RoPE of one head's `[T, H]`: the pairs (x[i], x[i + H/2]) turn together."""
-    half = config.head_dim // 2
-    angles = np.outer(positions, [_frequency(config, i) for i in range(half)])
-    cos, sin, first, second = np.cos(angles), np.sin(angles), x[:, :half], x[:, half:]
-    return np.hstack([first * cos - second * sin, second * cos + first * sin])
+def _turns(config: ModelConfig, segments, local: bool, length: int, reach: int):
+    """Cosine and sine `[T, R]` of each token's place in its document."""
+    cos, sin = [], []
+    bounds = [0, *(np.flatnonzero(np.diff(segments)) + 1), len(segments)]
+    for first, end in itertools.pairwise(bounds):
+        total = length if len(bounds) == 2 else end - first
+        frequencies, factor = _frequencies(config, local, max(total, reach))
+        angles = np.outer(np.arange(end - first), frequencies)
+        cos.append(np.cos(angles) * factor)
+        sin.append(np.sin(angles) * factor)
+    return np.vstack(cos), np.vstack(sin)
 
 
-def _frequency(config: ModelConfig, pair: int) -> float:
-    """Radians per token of a pair; `llama3` is told by wavelengths, in tokens."""
-    frequency = 1.0 / config.rope_theta ** (2 * pair / config.head_dim)
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequency
-    if scaling.rope_type == "linear":
+def _rotate(x, cos, sin) -> np.ndarray:
+    """RoPE of one head's `[T, H]`: the pairs (x[i], x[i + R]) turn together."""
+    pairs = cos.shape[-1]
+    first, second, rest = x[:, :pairs], x[:, pairs : 2 * pairs], x[:, 2 * pairs :]
+    return np.hstack([first * cos - second * sin, second * cos + first * sin, rest])
+
+
+def _frequencies(config: ModelConfig, local: bool, length: int):
+    """Radians per token of each pair, in a sequence of `length`; cosine's factor."""
+    theta, scaling, dim = config.rope_theta, config.rope_scaling, config.rotary_dim
+    if local and config.local_rope_theta is not None:
+        theta, scaling = config.local_rope_theta, None
+    if scaling is not None and scaling.rope_type == "dynamic":
+        original = scaling.original_max_position_embeddings
+        grown = scaling.factor * max(length, original) / original - scaling.factor + 1
+        theta *= grown ** (dim / (dim - 2))
+    pairs = [1.0 / theta ** (2 * i / dim) for i in range(dim // 2)]
+    if scaling is None or scaling.rope_type == "dynamic":
+        return np.array(pairs), 1.0
+    scaled = [_scaled(scaling, f, i, length, theta, dim) for i, f in enumerate(pairs)]
+    return np.array(scaled), _cosine_factor(scaling)
+
+
+def _scaled(scaling, frequency: float, pair: int, length: int, theta, dim) -> float:
+    """A pair's frequency; `llama3` and `yarn` are told by wavelengths, in tokens."""
+    original, kind = scaling.original_max_position_embeddings, scaling.rope_type
+    if kind == "linear":
         return frequency / scaling.factor
-    original = scaling.original_max_position_embeddings
+    if kind == "longrope":
+        beyond = length > original
+        return (
+            frequency / (scaling.long_factor if beyond else scaling.short_factor)[pair]
+        )
+    if kind == "yarn":
+        bounds = [
+            dim * math.log(original / (beta * 2 * math.pi)) / (2 * math.log(theta))
+            for beta in (scaling.beta_fast, scaling.beta_slow)
+        ]
+        if scaling.truncate:
+            bounds = [math.floor(bounds[0]), math.ceil(bounds[1])]
+        low, high = max(bounds[0], 0), min(bounds[1], dim - 1)
+        ramp = (pair - low) / (high - low if high != low else 0.001)
+        kept = 1 - min(max(ramp, 0), 1)
+        return kept * frequency + (1 - kept) * frequency / scaling.factor
     wavelength = 2 * math.pi / frequency
     if wavelength < original / scaling.high_freq_factor:
         return frequency
@@ -185,3 +248,16 @@ def _frequency(config: ModelConfig, pair: int) -> float:
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     smooth = (original / wavelength - low) / (high - low)
     return (1 - smooth) * frequency / scaling.factor + smooth * frequency
+
+
+def _cosine_factor(scaling) -> float:
+    if scaling.rope_type not in ("yarn", "longrope"):
+        return 1.0
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    if scaling.rope_type == "yarn":
+        return 1 + math.log(scaling.factor) / 10
+    ratio = math.log(scaling.factor) / math.log(
+        scaling.original_max_position_embeddings
+    )
+    return math.sqrt(1 + ratio)

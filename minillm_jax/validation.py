@@ -256,6 +256,13 @@ def _to_ints(value: Any) -> tuple[int, ...]:
     return tuple(_to_int(item) for item in items)
 
 
+def _to_floats(value: Any) -> tuple[float, ...]:
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    items = value if isinstance(value, (list, tuple)) else (value,)
+    return tuple(_to_float(item) for item in items)
+
+
 def _to_strings(value: Any) -> tuple[str, ...]:
     items = value if isinstance(value, (list, tuple)) else (value,)
     if not all(isinstance(item, str) and item for item in items):
@@ -283,6 +290,7 @@ _CONVERTERS: dict[Any, Callable[[Any], Any]] = {
     bool: _to_bool,
     str: _to_name,
     tuple[int, ...]: _to_ints,
+    tuple[float, ...]: _to_floats,
     tuple[str, ...]: _to_strings,
     Mapping[int, float]: _to_weights,
 }

@@ -11,6 +11,7 @@ import numpy as np
 
 from minillm_jax.config import ConfigError, ModelConfig
 from minillm_jax.model import cache as kv
+from minillm_jax.model import rope
 
 
 def check_tokens(config: ModelConfig, tokens: np.ndarray, name: str = "tokens") -> None:
@@ -69,6 +70,7 @@ def checked_prompt(config: ModelConfig, cache, tokens, lengths, policy):
         raise ValueError(f"lengths: {wanted.tolist()} must lie in 0 to {width}")
     check_tokens(config, host[np.arange(width)[None] < wanted[:, None]])
     check_room(config, cache, held, wanted, policy)
+    check_turns(config, held, held + wanted)
     return host.astype(np.int32), wanted.astype(np.int32), int(wanted.max())
 
 
@@ -80,3 +82,15 @@ def check_room(config: ModelConfig, cache, held, wanted, policy) -> None:
             f"row {row} holds {held[row]} tokens and {wanted[row]} more were asked, "
             f"but its capacity is {capacity}: {max(capacity - held[row], 0)} would fit"
         )
+
+
+def check_turns(config: ModelConfig, held, after) -> None:
+    """Raises ConfigError for a row whose keys are no good for what it grows to."""
+    for row in np.flatnonzero((held > 0) & (after > held)):
+        if not rope.same_turns(config, int(held[row]), int(after[row])):
+            raise ConfigError(
+                f"rope_scaling: row {row} grows from {held[row]} to {after[row]} "
+                "tokens, beyond the original context of its longrope, where all its "
+                "keys turn by other frequencies: prefill all its tokens again, into an "
+                "empty cache"
+            )

@@ -66,8 +66,8 @@ def prefill(
 
     Raises:
       CacheOverflowError: before any work, if a row would not fit.
-      ValueError: for valid tokens outside the vocabulary, lengths beyond T, or shapes
-        that do not go with the cache's rows.
+      ValueError: for valid tokens outside the vocabulary, lengths beyond T, shapes that
+        do not go with the cache's rows, or a row that must begin again (`longrope`).
     """
     tokens, lengths, longest = checks.checked_prompt(
         model.config, cache, tokens, lengths, policy
@@ -131,6 +131,7 @@ def prefill_chunk(
         {"params": params, "cache": cache},
         tokens,
         lengths=counts,
+        reach=cache["lengths"] + jnp.maximum(remaining, 0),
         policy=policy,
         mutable=["cache"],
         method="hidden",
@@ -166,7 +167,8 @@ def decode_step(
 
     Raises:
       CacheOverflowError: if a row is full.
-      ValueError: for tokens outside the vocabulary, or not one per row.
+      ValueError: for tokens outside the vocabulary, or not one per row, or a row that
+        must begin again (`longrope`).
     """
     kv.check_alive(cache)
     checks.check_shape("tokens", tokens, cache["lengths"].shape)
@@ -175,6 +177,7 @@ def decode_step(
         tokens_now, held = host
         checks.check_tokens(model.config, tokens_now)
         checks.check_room(model.config, cache, held, np.ones_like(held), policy)
+        checks.check_turns(model.config, held, held + 1)
         if not isinstance(tokens, jax.Array):  # one executable for every integer type
             tokens = tokens_now.astype(np.int32)
     return _decode_step(model, params, cache, tokens, policy=policy)

@@ -2,7 +2,7 @@
 
     name         one for each                                   what it runs
     init_cache   batch, capacity                                `cache.init_cache`
-    grow_cache   batch, capacity                                to the next capacity
+    grow_cache   batch, capacity, slots                         a leaf's, to the next
     prefill      batch, capacity, prefill chunk                 `decode.prefill_chunk`
     first_token  batch, greedy or sampling                      `decode.first_tokens`
     decode       batch, capacity, greedy or sampling, steps     `decode.decode_requests`
@@ -38,7 +38,7 @@ class Key(NamedTuple):
     name: str
     batch_size: int
     capacity: int | None = None  # tokens a row of the cache can hold
-    size: int | None = None  # tokens of a prefill chunk, steps of a decode chunk
+    size: int | None = None  # tokens of a prefill chunk, steps of a decode chunk, slots
     sampling: bool | None = None  # or greedy
 
     def __str__(self) -> str:
@@ -46,7 +46,8 @@ class Key(NamedTuple):
         if self.capacity is not None:
             parts.append(f"capacity={self.capacity}")
         if self.size is not None:
-            parts.append(f"{'steps' if self.name == 'decode' else 'chunk'}={self.size}")
+            unit = {"decode": "steps", "prefill": "chunk"}.get(self.name, "slots")
+            parts.append(f"{unit}={self.size}")
         if self.sampling is not None:
             parts.append("sampling" if self.sampling else "greedy")
         return f"{self.name}({', '.join(parts)})"
@@ -116,8 +117,7 @@ class Executables:
         for capacity in self.capacities:
             at = functools.partial(key, capacity=capacity)
             found.append(at("init_cache"))
-            if self.larger(capacity):
-                found.append(at("grow_cache"))
+            found += [at("grow_cache", size=n) for n in sorted(self._grown(capacity))]
             sizes = decode.chunk_sizes(self.model.config)
             found += [at("prefill", size=size) for size in sizes]
             for kind in (False, True):
@@ -145,9 +145,17 @@ class Executables:
         self.seconds[key] = time.perf_counter() - start
         return self.seconds[key]
 
-    def larger_slots(self, capacity: int) -> int:
-        """Slots of a layer in a cache of the next capacity."""
+    def next_slots(self, capacity: int) -> list[int]:
+        """Slots of each layer in a cache of the next capacity."""
         return kv.num_slots(self.model.config, self.larger(capacity), self.policy)
+
+    def _grown(self, capacity: int) -> dict[int, int]:
+        """Slots after growing to the next capacity -> before, of leaves that grow."""
+        if not self.larger(capacity):
+            return {}
+        before = kv.num_slots(self.model.config, capacity, self.policy)
+        pairs = zip(before, self.next_slots(capacity), strict=True)
+        return {new: old for old, new in pairs if new > old}
 
     def larger(self, capacity: int) -> int:
         """The next capacity; 0 behind the last."""
@@ -168,10 +176,10 @@ class Executables:
             return decode.first_tokens, self._shapes(arguments), {}
         cache = kv.cache_shapes(config, batch_size, key.capacity, policy=self.policy)
         if key.name == "grow_cache":
-            leaf = {"leaf": cache["layers_0"]["attention"]["k"]}
-            slots = self.larger_slots(key.capacity or 0)
+            old = self._grown(key.capacity or 0)[key.size or 0]
+            leaves = [x for x in jax.tree.leaves(cache) if x.shape[-2:-1] == (old,)]
             padded = jax.jit(kv.padded, static_argnames="slots")
-            return padded, self._shapes(leaf), {"slots": slots}
+            return padded, self._shapes({"leaf": leaves[0]}), {"slots": key.size}
         static = {"model": self.model, "policy": self.policy}
         arguments = {"cache": cache}
         if key.name == "prefill":

@@ -192,14 +192,19 @@ def _padded(stop_ids: Sequence[int]) -> np.ndarray:
     return np.array(ids + [-1] * (MAX_STOP_IDS - len(ids)), np.int32)
 
 
-def initial_state(requests: RequestArrays) -> DecodeState:
-    """The state before the first token, on the host."""
-    batch_size = len(requests.budget)
-    arrays: dict[str, Any] = {"counts": None}
-    arrays |= {k: np.zeros(batch_size, np.int32) for k in ("tokens", "generated")}
+def initial_state(
+    requests: RequestArrays, generated: Sequence[Sequence[int]] | None = None
+) -> DecodeState:
+    """The state before the next token, on the host; `generated` has each row's."""
+    rows = generated or [()] * len(requests.budget)
+    lengths = np.array([len(tokens) for tokens in rows], np.int32)
+    arrays: dict[str, Any] = {"generated": lengths, "counts": None}
+    arrays["tokens"] = np.zeros_like(lengths)
     if requests.sampler is not None:
-        arrays["counts"] = np.zeros((batch_size, len(requests.known)), np.int32)
-    arrays["active"] = np.asarray(requests.budget) > 0
+        arrays["counts"] = np.zeros((len(rows), len(requests.known)), np.int32)
+        for counts, tokens in zip(arrays["counts"], rows, strict=True):
+            np.add.at(counts, np.asarray(tokens, np.int32), 1)
+    arrays["active"] = np.asarray(requests.budget) > lengths
     return DecodeState(**arrays)
 
 

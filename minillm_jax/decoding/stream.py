@@ -9,6 +9,10 @@ A row that ends by its budget, an EOS or a stop id is masked inside its chunk. O
 ends by a stop string, which only the host can see, is masked from the next chunk that
 is enqueued; what the device has made of it by then is thrown away.
 
+Where a row outgrows the context that its keys were turned for (`rope.turning_point`),
+it waits until all rows have come that far or ended, and is prefilled again: the loop
+runs in parts, most often in one.
+
 The host keeps its own count of what the cache holds. It never reads `lengths` back,
 except of a Session's cache between two calls.
 """
@@ -25,6 +29,7 @@ from minillm_jax.decoding import decode, sampling
 from minillm_jax.decoding.executables import Executables, Key, smallest_holding
 from minillm_jax.decoding.requests import Completion, Piece, Row
 from minillm_jax.model import cache as kv
+from minillm_jax.model import rope
 
 
 class Session:
@@ -72,8 +77,9 @@ class Session:
         same = [a == b for a, b in pairs]
         held = int(np.asarray(cache["lengths"])[0])
         common = min(same.index(False) if False in same else len(same), held)
-        run = self._owner
-        if not kv.can_rewind(run.model.config, cache, run.policy, held, common):
+        run, config = self._owner, self._owner.model.config
+        rewinds = kv.can_rewind(config, cache, run.policy, held, common)
+        if not rewinds or not rope.same_turns(config, held, len(prompt)):
             common = 0
         cache = cache | {"lengths": run.put(np.array([common], np.int32))}
         return cache, self._capacity, common
@@ -148,7 +154,9 @@ class Loop:
         self._requests, self._session = requests, session
         self._steps = sorted(steps, reverse=True)
         self._capacity = 0
-        self._enqueued = 0  # decode steps
+        self._until: list[int] = []  # each row's tokens at the end of this part
+        self._before: list[int] = []  # and at its beginning
+        self._enqueued = 0  # decode steps of this part
         self._cache: Any = None
         self._state: Any = None
         # False while cache, capacity and lengths change: interrupted there, by Ctrl-C
@@ -166,7 +174,8 @@ class Loop:
             for row in self._rows:
                 if row.finish_reason is not None:
                     yield Piece(row.index, None, "", row.finish_reason)
-            if self._unfinished():
+            while self._begin_part():
+                self._settled = False
                 waiting = collections.deque([self._prefill()])
                 while waiting:
                     if self._steps_left() > 0:
@@ -185,13 +194,32 @@ class Loop:
                 )
             self._cache = self._state = None
 
+    def _begin_part(self) -> bool:
+        """Sets how far the rows go in the next part; False where none goes on."""
+        point = rope.turning_point(self._executables.model.config)
+        self._until, self._enqueued = [], 0
+        self._before = [len(row.tokens) for row in self._rows]
+        for row in self._rows:
+            prompt, until = len(row.request.prompt), row.request.budget
+            if point is not None and prompt + len(row.tokens) <= point:
+                until = min(until, point - prompt + 1)  # the last is not in the cache
+            self._until.append(0 if row.finish_reason is not None else until)
+        return bool(self._unfinished())
+
     def _unfinished(self) -> list[Row]:
-        return [row for row in self._rows if row.finish_reason is None]
+        """Rows that go on in this part."""
+        return [
+            row
+            for row in self._rows
+            if row.finish_reason is None and len(row.tokens) < self._until[row.index]
+        ]
 
     def _steps_left(self) -> int:
         """Decode steps that are still to be enqueued for the longest row."""
-        budgets = [row.request.budget for row in self._unfinished()]
-        return max(budgets, default=0) - 1 - self._enqueued
+        left = [
+            self._until[r.index] - self._before[r.index] for r in self._unfinished()
+        ]
+        return max(left, default=0) - 1 - self._enqueued
 
     def _next_steps(self) -> int:
         """Steps of the next chunk: the longest that is not longer than needed."""
@@ -212,13 +240,14 @@ class Loop:
         held = self._take_cache()
         if self._steps_left() > 0:  # now, for the first token will not wait for it
             run.compile(self._key("decode", self._next_steps()))
-        prompts = [row.request.prompt[held:] for row in self._rows]
-        budgets = self._requests.budget
-        lengths = np.where(budgets > 0, [len(prompt) for prompt in prompts], 0)
+        prompts: list[list[int]] = [[] for _ in self._rows]
+        for row in self._unfinished():
+            prompts[row.index] = (row.request.prompt + row.tokens)[held:]
+        lengths = np.array([len(prompt) for prompt in prompts])
         tokens = np.zeros((len(prompts), lengths.max()), np.int32)
         for row, length in enumerate(lengths):
-            tokens[row, :length] = prompts[row][:length]
-        self.prefilled_tokens = int(lengths.sum())
+            tokens[row, :length] = prompts[row]
+        self.prefilled_tokens += int(lengths.sum())
 
         logits: Any = np.zeros((len(prompts), config.vocab_size), np.float32)
         lengths = lengths.astype(np.int32)
@@ -232,8 +261,10 @@ class Loop:
                 tokens=chunk,
                 remaining=remaining,
             )
-        state = run.put(sampling.initial_state(self._requests))
-        self._requests = run.put(self._requests)
+        requests = self._requests._replace(budget=np.array(self._until, np.int32))
+        generated = [row.tokens for row in self._rows]
+        state = run.put(sampling.initial_state(requests, generated))
+        self._requests = run.put(requests)
         key = self._key("first_token")
         sampled, self._state = run(
             key, logits=logits, state=state, requests=self._requests
@@ -243,6 +274,11 @@ class Loop:
     def _take_cache(self) -> int:
         """A cache for the prompts; returns how many tokens of them it holds."""
         needed = self._tokens_after(self._steps[-1])
+        if self._cache is not None:  # an earlier part's, as if it were empty
+            empty = self._executables.put(np.zeros(len(self._rows), np.int32))
+            self._cache = self._cache | {"lengths": empty}
+            self._grow(needed)
+            return 0
         prompt = self._rows[0].request.prompt
         taken = self._session.take(self, prompt) if self._session is not None else None
         if taken is not None:
@@ -255,10 +291,11 @@ class Loop:
 
     def _tokens_after(self, steps: int) -> int:
         """The longest row's prompt and completion after as many steps more."""
-        generated = 1 + self._enqueued + steps
+        new = 1 + self._enqueued + steps
         return max(
-            len(row.request.prompt) + min(row.request.budget, generated)
-            for row in self._unfinished()
+            len(r.request.prompt)
+            + min(self._until[r.index], self._before[r.index] + new)
+            for r in self._unfinished()
         )
 
     def _grow(self, tokens: int) -> None:
@@ -268,17 +305,17 @@ class Loop:
         """
         longest = self._executables.capacities[-1]
         while self._capacity < min(tokens, longest):
-            slots = self._executables.larger_slots(self._capacity)
-            key = self._key("grow_cache")
+            for layer, slots in enumerate(self._executables.next_slots(self._capacity)):
+                key, name = self._key("grow_cache", slots), f"layers_{layer}"
 
-            def grow(leaf: jax.Array, slots: int = slots, key: Key = key) -> jax.Array:
-                if leaf.ndim == 1 or leaf.shape[-2] >= slots:
-                    return leaf
-                grown = self._executables(key, leaf=leaf).block_until_ready()
-                leaf.delete()
-                return grown
+                def grow(leaf: jax.Array, key: Key = key) -> jax.Array:
+                    if leaf.shape[-2] >= (key.size or 0):
+                        return leaf
+                    grown = self._executables(key, leaf=leaf).block_until_ready()
+                    leaf.delete()
+                    return grown
 
-            self._cache = jax.tree.map(grow, self._cache)
+                self._cache[name] = jax.tree.map(grow, self._cache[name])
             self._capacity = self._executables.larger(self._capacity)
 
     def _decode(self) -> sampling.Sampled:

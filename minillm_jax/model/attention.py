@@ -41,8 +41,8 @@ class Span(NamedTuple):
 
     places: Places  # [B, T]
     counts: jax.Array  # [B] valid tokens of this call, the first ones of each row
-    cos: jax.Array  # [B, T, R]
-    sin: jax.Array  # [B, T, R]
+    turns: tuple[jax.Array, jax.Array]  # cosine and sine, [B, T, R] each
+    local_turns: tuple[jax.Array, jax.Array]  # those of sliding-window layers
 
 
 def visible(queries: Places, keys: Places, rule: kv.SlotRule) -> Bool[Array, "*B T S"]:
@@ -66,19 +66,25 @@ def attend(
     queries: Places,
     keys: Places,
     rule: kv.SlotRule = kv.SlotRule(),
+    scale: float | None = None,
+    softcap: float | None = None,
 ) -> Float[Array, "*B K G T H"]:
-    """softmax(q kᵀ / sqrt(H)) v, softmax in float32, a block of queries at a time.
+    """softmax(scale q kᵀ) v, softmax in float32, a block of queries at a time.
 
     A block's scores take at most about SCORE_BYTES, and in training they are computed
-    again rather than stored, so that memory is linear in T and S.
+    again rather than stored, so that memory is linear in T and S. `scale` None is
+    1 / sqrt(H); `softcap` caps the scaled scores.
     """
     length, block = q.shape[-2], query_block(q.shape, k.shape[-2])
-    if block >= length:
-        return _attend_block(q, k, v, visible(queries, keys, rule))
 
-    @jax.checkpoint
     def one(q, queries):
-        return _attend_block(q, k, v, visible(queries, keys, rule))
+        mask = visible(queries, keys, rule)
+        factor = q.shape[-1] ** -0.5 if scale is None else scale
+        return _attend_block(q, k, v, mask, factor, softcap)
+
+    if block >= length:
+        return one(q, queries)
+    one = jax.checkpoint(one)
 
     q_blocks = _split(q, -2, block)
     query_blocks = jax.tree.map(lambda x: _split(x, -1, block), queries)
@@ -104,10 +110,11 @@ def _split(x: jax.Array, axis: int, block: int) -> jax.Array:
     return jnp.moveaxis(jnp.pad(x, widths).reshape(shape), axis, 0)
 
 
-def _attend_block(q, k, v, mask):
+def _attend_block(q, k, v, mask, scale: float, softcap: float | None):
     f32 = jnp.float32
     scores = jnp.einsum("...KGTH,...KSH->...KGTS", q, k, preferred_element_type=f32)
-    scores = jnp.where(mask[..., None, None, :, :], scores / q.shape[-1] ** 0.5, MASKED)
+    scores = layers.softcap(scores * scale, softcap)
+    scores = jnp.where(mask[..., None, None, :, :], scores, MASKED)
     probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     out = jnp.einsum("...KGTS,...KSH->...KGTH", probs, v, preferred_element_type=f32)
     return out.astype(q.dtype)
@@ -117,6 +124,7 @@ class Attention(nn.Module):
     """Projections, RoPE and `attend`; appends to its cache leaves if it has them."""
 
     config: ModelConfig
+    window: int | None = None  # tokens that a query sees, itself included
 
     @nn.compact
     def __call__(
@@ -127,11 +135,8 @@ class Attention(nn.Module):
         if self.has_variable("cache", "k"):
             mixed = self._attend_cached(q, k, v, span, policy)
         else:
-            rule = kv.SlotRule(window=config.sliding_window)
-            with jax.named_scope("attend"):
-                mixed = attend(
-                    q, k, v, queries=span.places, keys=span.places, rule=rule
-                )
+            rule = kv.SlotRule(window=self.window)
+            mixed = self._attend(q, k, v, span.places, span.places, rule)
         groups = (config.num_kv_heads, config.queries_per_kv_head, config.head_dim)
         out = layers.param(self, "out", (*groups, config.dim_model))
         mixed = jnp.moveaxis(mixed, 3, 1)  # [B, T, K, G, H]
@@ -151,14 +156,16 @@ class Attention(nn.Module):
         if config.qk_norm:
             q = layers.RMSNorm(config, name="q_norm")(q)
             k = layers.RMSNorm(config, name="k_norm")(k)
-        cos, sin = span.cos[:, None], span.sin[:, None]
+        cos, sin = span.turns if self.window is None else span.local_turns
+        cos, sin = cos[:, None], sin[:, None]
         q = rope.rotate(q, cos[:, None], sin[:, None])
         return q, rope.rotate(k, cos, sin), v
 
     def _attend_cached(self, q, k, v, span: Span, policy: kv.CachePolicy):
         """Writes k and v to the leaves, then attends to all that these hold."""
         leaves = [self.get_variable("cache", name) for name in ("k", "v")]
-        rule = kv.slot_rule(self.config, leaves[0].shape[-2], policy)
+        slots = leaves[0].shape[-2]
+        rule = kv.slot_rule(self.config, self.window, slots, policy)
         call = (q, k, v, span.places, span.counts)
         if leaves[0].ndim == 3:  # one row: its leaves have no batch axis
             call = jax.tree.map(lambda axis: axis[0], call)
@@ -172,8 +179,17 @@ class Attention(nn.Module):
             ]
         for name, leaf in zip(("k", "v"), leaves, strict=True):
             self.put_variable("cache", name, leaf)
-        with jax.named_scope("attend"):
-            held = kv.slot_positions(first + counts, leaves[0].shape[-2], rule)
-            keys = Places(held)
-            mixed = attend(q, *leaves, queries=places, keys=keys, rule=rule)
+        keys = Places(kv.slot_positions(first + counts, slots, rule))
+        mixed = self._attend(q, *leaves, places, keys, rule)
         return mixed if leaves[0].ndim == 4 else mixed[None]
+
+    def _attend(self, q, k, v, queries: Places, keys: Places, rule: kv.SlotRule):
+        with jax.named_scope("attend"):
+            return attend(
+                *(q, k, v),
+                queries=queries,
+                keys=keys,
+                rule=rule,
+                scale=self.config.query_pre_attn_scalar**-0.5,
+                softcap=self.config.attention_softcap,
+            )

@@ -74,29 +74,30 @@ class SlotRule:
     sinks: int = 0  # first positions that are never overwritten
 
 
-def slot_rule(config: ModelConfig, slots: int, policy: CachePolicy) -> SlotRule:
-    """The rule of a layer whose leaves have `slots` slots."""
-    local, spare = config.sliding_window, config.prefill_chunk - 1
+def slot_rule(
+    config: ModelConfig, window: int | None, slots: int, policy: CachePolicy
+) -> SlotRule:
+    """The rule of a layer with this sliding window whose leaves have `slots` slots."""
+    spare = config.prefill_chunk - 1
     ring = policy.overflow == "ring"
-    full = local is not None and local + spare <= slots  # a ring from here on
-    if local is not None and (full or not ring):
-        return SlotRule(wraps=full, window=local)
+    full = window is not None and window + spare <= slots  # a ring from here on
+    if window is not None and (full or not ring):
+        return SlotRule(wraps=full, window=window)
     if ring:
         return SlotRule(wraps=True, window=slots - spare, sinks=policy.num_sinks)
     return SlotRule()
 
 
-def num_slots(config: ModelConfig, capacity: int, policy: CachePolicy) -> int:
-    """Slots of a layer's leaves when a row is to hold (in a ring: see) `capacity`.
+def num_slots(config: ModelConfig, capacity: int, policy: CachePolicy) -> list[int]:
+    """Slots of each layer's leaves when a row is to hold (in a ring: see) `capacity`.
 
     A ring has `prefill_chunk - 1` more than its window: a chunk is written before it is
     read, and its first query still needs the oldest position of its own window.
     """
     spare = config.prefill_chunk - 1
     slots = capacity + spare if policy.overflow == "ring" else capacity
-    if config.sliding_window is None:
-        return slots
-    return min(slots, config.sliding_window + spare)
+    windows = [config.window(layer) for layer in range(config.num_layers)]
+    return [slots if w is None else min(slots, w + spare) for w in windows]
 
 
 def check_cache(config: ModelConfig, cache: Cache, policy: CachePolicy) -> None:
@@ -106,14 +107,13 @@ def check_cache(config: ModelConfig, cache: Cache, policy: CachePolicy) -> None:
     heads = {(leaf.shape[-3], leaf.shape[-1]) for leaf in _leaves(cache)}
     if set(cache) != names or heads != {(config.num_kv_heads, config.head_dim)}:
         raise ValueError("cache: was made for another config; make it with init_cache")
-    slots = max(leaf.shape[-2] for leaf in _leaves(cache))
-    rule = slot_rule(config, slots, policy)
-    if rule.window is not None and rule.window <= rule.sinks:
-        raise ValueError(
-            f"policy: a cache of {slots} slots was not made for {policy}; pass the "
-            "policy that init_cache was given"
-        )
-    longest = config.max_kv_cache_len
+    for slots, rule in _rules(config, cache, policy):
+        if rule.window is not None and rule.window <= rule.sinks:
+            raise ValueError(
+                f"policy: a cache of {slots} slots was not made for {policy}; pass the "
+                "policy that init_cache was given"
+            )
+    slots, longest = max(_slots(config, cache)), config.max_kv_cache_len
     if policy.overflow != "ring" and slots > longest:
         raise ValueError(
             f"cache: has {slots} slots, but max_kv_cache_len={longest}; it is a "
@@ -150,15 +150,14 @@ def capacity_bucket(config: ModelConfig, tokens: int) -> int:
 def token_capacity(config: ModelConfig, cache: Cache, policy: CachePolicy) -> int:
     """Tokens a row of `cache` can hold; MAX_POSITIONS where it never fills up.
 
-    The leaves tell, but for a sliding window's full ring, which has no end of its own:
-    there it is `config.max_kv_cache_len`.
+    The leaves tell, but for the full rings of sliding windows, which have no end of
+    their own: where there is nothing else it is `config.max_kv_cache_len`.
     """
     if policy.overflow == "ring":
         return MAX_POSITIONS
-    slots = max(leaf.shape[-2] for leaf in _leaves(cache))
-    if slot_rule(config, slots, policy).wraps:
-        return max(slots, config.max_kv_cache_len)
-    return slots
+    rules = _rules(config, cache, policy)
+    ends = [slots for slots, rule in rules if not rule.wraps]
+    return min(ends) if ends else max(config.max_kv_cache_len, *_slots(config, cache))
 
 
 def cache_shapes(
@@ -176,13 +175,12 @@ def cache_shapes(
     bounds = validation.Range(1, MAX_ROWS)
     batch_size = validation.whole_number("batch_size", batch_size, bounds)
     rows = (batch_size,) if batch_size > 1 else ()
-    shape = (*rows, config.num_kv_heads, slots, config.head_dim)
-    leaf = jax.ShapeDtypeStruct(shape, jnp.dtype(config.cache_dtype))
-    tree: dict[str, Any] = {
-        f"layers_{layer}": {"attention": {"k": leaf, "v": leaf}}
-        for layer in range(config.num_layers)
-    }
-    return tree | {"lengths": jax.ShapeDtypeStruct((batch_size,), jnp.int32)}
+    tree: dict[str, Any] = {"lengths": jax.ShapeDtypeStruct((batch_size,), jnp.int32)}
+    for layer, count in enumerate(slots):
+        shape = (*rows, config.num_kv_heads, count, config.head_dim)
+        leaf = jax.ShapeDtypeStruct(shape, jnp.dtype(config.cache_dtype))
+        tree[f"layers_{layer}"] = {"attention": {"k": leaf, "v": leaf}}
+    return tree
 
 
 def _checked_capacity(config: ModelConfig, capacity: int, policy: CachePolicy) -> int:
@@ -301,8 +299,8 @@ def can_rewind(
     """
     if held - to <= config.prefill_chunk:
         return True
-    slots = [leaf.shape[-2] for leaf in _leaves(cache)]
-    return all(not slot_rule(config, s, policy).wraps or held <= s for s in slots)
+    rules = _rules(config, cache, policy)
+    return all(not rule.wraps or held <= slots for slots, rule in rules)
 
 
 def insert(cache: Cache, row: int | Int[Array, ""], source: Cache) -> dict[str, Any]:
@@ -379,17 +377,17 @@ def grow_cache(
     ring = policy.overflow == "ring"
     if ring and config is None:
         raise ConfigError("config=None: growing a ring needs the config; pass config=")
-    if config is None:
-        wanted = capacity
-    else:
+    layers = len(cache) - 1
+    wanted = [capacity] * layers
+    if config is not None:
         wanted = num_slots(config, _checked_capacity(config, capacity, policy), policy)
     if longest > capacity and not ring:
         raise CacheOverflowError(
             f"capacity={capacity}: a row holds {longest} tokens already"
         )
 
-    def grow(leaf):
-        slots = leaf.shape[-2] if leaf.ndim > 1 else wanted
+    def grow(leaf, wanted: int):
+        slots = leaf.shape[-2]
         if slots >= wanted:
             return leaf
         if longest > slots and ring:
@@ -403,7 +401,12 @@ def grow_cache(
         leaf.delete()
         return grown
 
-    return jax.tree.map(grow, dict(cache))
+    grown = dict(cache)
+    for layer in range(layers):
+        name = f"layers_{layer}"
+        added = functools.partial(grow, wanted=wanted[layer])
+        grown[name] = jax.tree.map(added, cache[name])
+    return grown
 
 
 def padded(leaf: Float[Array, "*B K S H"], slots: int) -> Float[Array, "*B K slots H"]:
@@ -414,3 +417,19 @@ def padded(leaf: Float[Array, "*B K S H"], slots: int) -> Float[Array, "*B K slo
 
 def _leaves(cache: Cache) -> list[Any]:
     return [leaf for leaf in jax.tree.leaves(dict(cache)) if len(leaf.shape) > 1]
+
+
+def _slots(config: ModelConfig, cache: Cache) -> list[int]:
+    """Slots of each layer's leaves."""
+    layers = [cache[f"layers_{layer}"] for layer in range(config.num_layers)]
+    return [layer["attention"]["k"].shape[-2] for layer in layers]
+
+
+def _rules(
+    config: ModelConfig, cache: Cache, policy: CachePolicy
+) -> list[tuple[int, SlotRule]]:
+    """Each layer's slots and rule."""
+    return [
+        (slots, slot_rule(config, config.window(layer), slots, policy))
+        for layer, slots in enumerate(_slots(config, cache))
+    ]

@@ -40,11 +40,17 @@ def _into_residual(config: ModelConfig) -> nn.initializers.Initializer:
     return init
 
 
+def _scale_start(config: ModelConfig) -> nn.initializers.Initializer:
+    """Norms start as 1, offset and scale together."""
+    ones, zeros = nn.initializers.ones, nn.initializers.zeros
+    return zeros if config.norm_unit_offset else ones
+
+
 # How each parameter starts, by its name.
 INITIALIZERS = {
     "embedding": lambda config: nn.initializers.normal(TOKEN_STD),  # [V, D]
     "lm_head": lambda config: nn.initializers.normal(TOKEN_STD),  # [D, V]
-    "scale": lambda config: nn.initializers.ones,  # [D] or [H]
+    "scale": _scale_start,  # [D] or [H]
     "qkv": _from_model,  # [D, K, G + 2, H]
     "qkv_bias": lambda config: nn.initializers.zeros,  # [K, G + 2, H]
     "out": _into_residual,  # [K, G, H, D]
@@ -93,14 +99,24 @@ def rms_norm(
     return (normed * scale).astype(x.dtype)
 
 
+# By the config's `activation`; gelu_tanh is the approximation that Gemma was made with.
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": jax.nn.gelu}
+
+
 def gated_mlp(
     x: Float[Array, "B T D"],
     gate_up: Float[Array, "D C=2 F"],
     down: Float[Array, "F D"],
+    activation: str = "silu",
 ) -> Float[Array, "B T D"]:
-    """SwiGLU (Shazeer 2020, arXiv:2002.05202), gate and up in one product."""
+    """SwiGLU or GeGLU (Shazeer 2020, arXiv:2002.05202), gate and up in one product."""
     both = jnp.einsum("BTD,DCF->BTCF", x, gate_up.astype(x.dtype))
-    return project(jax.nn.silu(both[:, :, 0]) * both[:, :, 1], down)
+    return project(ACTIVATIONS[activation](both[:, :, 0]) * both[:, :, 1], down)
+
+
+def softcap(x: Float[Array, "*axes"], cap: float | None) -> Float[Array, "*axes"]:
+    """`cap tanh(x / cap)` (Gemma 2, arXiv:2408.00118), or `x` where there is no cap."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 class RMSNorm(nn.Module):
@@ -110,7 +126,9 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*axes D"]) -> Float[Array, "*axes D"]:
-        scale = param(self, "scale", (x.shape[-1],))
+        scale = param(self, "scale", (x.shape[-1],)).astype(jnp.float32)
+        if self.config.norm_unit_offset:
+            scale = 1.0 + scale
         return rms_norm(x, scale, self.config.norm_eps)
 
 
@@ -124,4 +142,4 @@ class MLP(nn.Module):
         config = self.config
         gate_up = param(self, "gate_up", (config.dim_model, 2, config.dim_ff))
         down = param(self, "down", (config.dim_ff, config.dim_model))
-        return gated_mlp(x, gate_up, down)
+        return gated_mlp(x, gate_up, down, config.activation)

@@ -1,9 +1,13 @@
 """Rotary position embeddings (RoFormer, Su et al. 2021, arXiv:2104.09864).
 
-The pairs that turn together are (x[i], x[i + H/2]), the layout of Hugging Face weights.
+The pairs that turn together are (x[i], x[i + R]), the layout of Hugging Face weights.
 Angles are float32 and computed from positions, so that no table bounds the context.
 
-Axes: B batch, T query length, H head dim, R = H/2 pairs.
+Two of the scalings, `dynamic` and `longrope`, turn by the length of the whole sequence,
+while keys in a cache stay as they were turned: `turning_point` tells where a row that
+grows must be prefilled again.
+
+Axes: B batch, T query length, U 1 or T, H head dim, R pairs (rotary_dim / 2).
 """
 
 import math
@@ -16,23 +20,52 @@ from jaxtyping import Array, Float, Int
 from minillm_jax.config import ModelConfig, RopeScaling
 
 
-def frequencies(config: ModelConfig) -> np.ndarray:
-    """Radians per token of each pair, `[R]` float32, scaled as the config says."""
-    exponents = np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim
-    plain = config.rope_theta**-exponents
-    if config.rope_scaling is None:
-        return plain.astype(np.float32)
-    return _SCALINGS[config.rope_scaling.rope_type](plain, config.rope_scaling).astype(
-        np.float32
-    )
+def cos_sin(
+    config: ModelConfig,
+    positions: Int[Array, "B T"],
+    lengths: Int[Array, "B U"],
+    *,
+    local: bool = False,
+) -> tuple[Float[Array, "B T R"], Float[Array, "B T R"]]:
+    """Cosine and sine of every pair's angle at each position, float32.
+
+    Args:
+      config: tells base, rotary_dim and scaling.
+      positions: absolute.
+      lengths: tokens of the sequence that each position is in.
+      local: for the layers with the sliding window.
+    """
+    own_base = local and config.local_rope_theta is not None
+    theta = config.local_rope_theta if own_base else config.rope_theta
+    exponents = np.arange(0, config.rotary_dim, 2, dtype=np.float64) / config.rotary_dim
+    plain = float(theta or 0.0) ** -exponents
+    scaling = None if own_base else config.rope_scaling
+    frequencies, factor = _frequencies(plain, scaling, lengths)
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return (cos, sin) if factor == 1.0 else (cos * factor, sin * factor)
 
 
-def _linear(plain: np.ndarray, scaling: RopeScaling) -> np.ndarray:
+def _frequencies(
+    plain: np.ndarray, scaling: RopeScaling | None, lengths: Int[Array, "B U"]
+) -> tuple[Float[Array, "#B #U R"], float]:
+    """Radians per token of each pair, float32, and the factor of cosine and sine."""
+    factor = 1.0
+    if scaling is not None and scaling.rope_type in _BY_LENGTH:
+        longer = lengths[..., None].astype(jnp.float32)
+        by_length, factor = _BY_LENGTH[scaling.rope_type](plain, scaling, longer)
+        return by_length, factor
+    if scaling is not None:
+        plain, factor = _SCALINGS[scaling.rope_type](plain, scaling)
+    return jnp.asarray(plain.astype(np.float32))[None, None], factor
+
+
+def _linear(plain: np.ndarray, scaling: RopeScaling) -> tuple[np.ndarray, float]:
     """Position interpolation (Chen et al. 2023, arXiv:2306.15595)."""
-    return plain / scaling.factor
+    return plain / scaling.factor, 1.0
 
 
-def _llama3(plain: np.ndarray, scaling: RopeScaling) -> np.ndarray:
+def _llama3(plain: np.ndarray, scaling: RopeScaling) -> tuple[np.ndarray, float]:
     """Llama 3.1's rule (arXiv:2407.21783): slow pairs / factor, fast ones unchanged.
 
     A pair's share of the unscaled frequency grows linearly with the number of turns it
@@ -41,19 +74,89 @@ def _llama3(plain: np.ndarray, scaling: RopeScaling) -> np.ndarray:
     turns = scaling.original_max_position_embeddings * plain / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     share = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    return share * plain + (1 - share) * plain / scaling.factor
+    return share * plain + (1 - share) * plain / scaling.factor, 1.0
 
 
-_SCALINGS = {"linear": _linear, "llama3": _llama3}
+def _yarn(plain: np.ndarray, scaling: RopeScaling) -> tuple[np.ndarray, float]:
+    """YaRN (Peng et al. 2023, arXiv:2309.00071), section 3.2 and 3.4.
+
+    A ramp over the pairs, from those that turn beta_fast times in the original context
+    (unscaled) to those that turn beta_slow times (/ factor).
+    """
+    original, pairs = scaling.original_max_position_embeddings, len(plain)
+    per_pair = -math.log(plain[1]) if pairs > 1 else 1.0  # log of theta^(1 / R)
+
+    def pair(turns: float) -> float:
+        return math.log(original / (2 * math.pi * turns)) / per_pair
+
+    first, last = pair(scaling.beta_fast), pair(scaling.beta_slow)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, 2 * pairs - 1)
+    width = last - first if last != first else 0.001
+    slow = np.clip((np.arange(pairs) - first) / width, 0.0, 1.0)
+    frequencies = slow * plain / scaling.factor + (1 - slow) * plain
+    if scaling.attention_factor is not None:
+        return frequencies, scaling.attention_factor
+    return frequencies, 0.1 * math.log(scaling.factor) + 1.0
 
 
-def cos_sin(
-    config: ModelConfig, positions: Int[Array, "B T"]
-) -> tuple[Float[Array, "B T R"], Float[Array, "B T R"]]:
-    """Cosine and sine of every pair's angle at each position, float32."""
-    per_token = frequencies(config)[None, None]
-    angles = positions[..., None].astype(jnp.float32) * per_token
-    return jnp.cos(angles), jnp.sin(angles)
+def _dynamic(
+    plain: np.ndarray, scaling: RopeScaling, lengths: Float[Array, "B U 1"]
+) -> tuple[Float[Array, "B U R"], float]:
+    """Dynamic NTK-aware scaling (YaRN's appendix B.2, arXiv:2309.00071).
+
+    The base grows with the sequence beyond the original context n:
+    theta (factor length / n - (factor - 1))^(d / (d - 2)), d = 2 R.
+    """
+    original, dim = scaling.original_max_position_embeddings, 2 * len(plain)
+    share = jnp.maximum(lengths, original) / original
+    stretch = scaling.factor * share - (scaling.factor - 1.0)
+    exponents = (np.arange(0, dim, 2) / (dim - 2)).astype(np.float32)
+    slower = jnp.exp(-jnp.log(stretch) * exponents[None, None])
+    return jnp.asarray(plain.astype(np.float32)) * slower, 1.0
+
+
+def _longrope(
+    plain: np.ndarray, scaling: RopeScaling, lengths: Float[Array, "B U 1"]
+) -> tuple[Float[Array, "B U R"], float]:
+    """LongRoPE (Ding et al. 2024, arXiv:2402.13753), as Phi-3 uses it.
+
+    A divisor for each pair, another set of them beyond the original context n; cosine
+    and sine times sqrt(1 + log(factor) / log(n)).
+    """
+    original = scaling.original_max_position_embeddings
+    sets = [np.array(f) for f in (scaling.long_factor, scaling.short_factor)]
+    long, short = [
+        (plain / divisors).astype(np.float32)[None, None] for divisors in sets
+    ]
+    frequencies = jnp.where(lengths > original, long, short)
+    if scaling.attention_factor is not None:
+        return frequencies, scaling.attention_factor
+    growth = math.log(scaling.factor) / math.log(original) if original > 1 else 0.0
+    return frequencies, math.sqrt(1 + growth)
+
+
+_SCALINGS = {"linear": _linear, "llama3": _llama3, "yarn": _yarn}
+_BY_LENGTH = {"dynamic": _dynamic, "longrope": _longrope}
+
+
+def turning_point(config: ModelConfig) -> int | None:
+    """Tokens beyond which keys of a shorter sequence are no good; None = no such point.
+
+    `longrope` has one: its original context. The keys of `dynamic` change a little with
+    every token and are kept as they are, as in transformers.
+    """
+    scaling = config.rope_scaling
+    if scaling is None or scaling.rope_type != "longrope":
+        return None
+    return scaling.original_max_position_embeddings
+
+
+def same_turns(config: ModelConfig, length: int, other: int) -> bool:
+    """Whether keys of a sequence of one length are good for one of the other."""
+    point = turning_point(config)
+    return point is None or (length > point) == (other > point)
 
 
 def rotate(
@@ -61,8 +164,11 @@ def rotate(
     cos: Float[Array, "*#heads T R"],
     sin: Float[Array, "*#heads T R"],
 ) -> Float[Array, "*heads T H"]:
-    """Turns each pair of `x` by its angle, in float32; returns `x`'s dtype."""
+    """Turns the first R pairs of `x`, in float32; returns `x`'s dtype."""
     with jax.named_scope("rope"):
-        first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+        pairs = cos.shape[-1]
+        turning, rest = x[..., : 2 * pairs], x[..., 2 * pairs :]
+        first, second = jnp.split(turning.astype(jnp.float32), 2, axis=-1)
         turned = [first * cos - second * sin, second * cos + first * sin]
-        return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+        parts = [part.astype(x.dtype) for part in turned]
+        return jnp.concatenate([*parts, rest] if rest.shape[-1] else parts, axis=-1)

@@ -26,21 +26,31 @@ from minillm_jax.model.attention import Attention, Places, Span
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP, each added to the residual stream."""
+    """Pre-norm attention and MLP, each added to the residual stream.
+
+    With `post_norms` what they add is normalised too (Gemma 2, arXiv:2408.00118).
+    """
 
     config: ModelConfig
+    window: int | None = None  # tokens that a query sees, itself included
 
     def setup(self):
         self.attention_norm = layers.RMSNorm(self.config)
-        self.attention = Attention(self.config)
+        self.attention = Attention(self.config, self.window)
         self.mlp_norm = layers.RMSNorm(self.config)
         self.mlp = layers.MLP(self.config)
+        if self.config.post_norms:
+            self.attention_post_norm = layers.RMSNorm(self.config)
+            self.mlp_post_norm = layers.RMSNorm(self.config)
 
     def __call__(
         self, x: Float[Array, "B T D"], span: Span, policy: kv.CachePolicy
     ) -> Float[Array, "B T D"]:
-        x = x + self.attention(self.attention_norm(x), span, policy)
-        return x + self.mlp(self.mlp_norm(x))
+        post_norms = self.config.post_norms
+        added = self.attention(self.attention_norm(x), span, policy)
+        x = x + (self.attention_post_norm(added) if post_norms else added)
+        added = self.mlp(self.mlp_norm(x))
+        return x + (self.mlp_post_norm(added) if post_norms else added)
 
 
 class MiniLLM(nn.Module):
@@ -56,7 +66,8 @@ class MiniLLM(nn.Module):
         config = self.config
         table = (config.vocab_size, config.dim_model)
         self.embedding = layers.param(self, "embedding", table)
-        self.layers = [Block(config) for _ in range(config.num_layers)]
+        windows = [config.window(layer) for layer in range(config.num_layers)]
+        self.layers = [Block(config, window) for window in windows]
         self.final_norm = layers.RMSNorm(config)
         if not config.tie_embeddings:
             self.lm_head = layers.param(self, "lm_head", table[::-1])
@@ -67,6 +78,7 @@ class MiniLLM(nn.Module):
         *,
         lengths: Int[Array, " B"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
+        reach: Int[Array, " B"] | None = None,
         policy: kv.CachePolicy = kv.CachePolicy(),
     ) -> Float[Array, "B T V"]:
         """Next-token logits of every token, float32.
@@ -78,6 +90,8 @@ class MiniLLM(nn.Module):
             tokens for which a row of the cache has no room: they are not stored.
           segment_ids: packed documents from 1 on; 0 = padding, whose logits are 0. Only
             without a cache.
+          reach: tokens of each row after its whole prompt, of which this call has a
+            chunk: some RoPE scalings turn by it. None = those after this call.
           policy: what the cache was made with.
 
         Raises:
@@ -85,7 +99,11 @@ class MiniLLM(nn.Module):
             takes in one call; if a cache is not mutable, or comes with `segment_ids`.
         """
         x, counts = self.hidden(
-            tokens, lengths=lengths, segment_ids=segment_ids, policy=policy
+            tokens,
+            lengths=lengths,
+            segment_ids=segment_ids,
+            reach=reach,
+            policy=policy,
         )
         logits = self.unembed(x)
         if counts is not None:
@@ -101,6 +119,7 @@ class MiniLLM(nn.Module):
         *,
         lengths: Int[Array, " B"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
+        reach: Int[Array, " B"] | None = None,
         policy: kv.CachePolicy = kv.CachePolicy(),
     ) -> tuple[Float[Array, "B T D"], Int[Array, " B"] | None]:
         """The last layer's output and, unless all are, each row's valid tokens."""
@@ -116,10 +135,12 @@ class MiniLLM(nn.Module):
             counts = jnp.minimum(length if counts is None else counts, room)
             counts = counts.astype(jnp.int32)
             self.put_variable("cache", "lengths", start + counts)
-        span = self._span(start, length, counts, segment_ids)
+        span = self._span(start, length, counts, segment_ids, reach)
         with jax.named_scope("embed"):
             x = jnp.take(self.embedding, tokens, axis=0, mode="clip")
             x = x.astype(jnp.dtype(config.dtype))
+            if config.embedding_scale != 1.0:
+                x = x * jnp.asarray(config.embedding_scale, x.dtype)
         for layer in self.layers:
             x = layer(x, span, policy)
         return x, counts
@@ -132,9 +153,10 @@ class MiniLLM(nn.Module):
                 head, product = self.embedding, "...D,VD->...V"
             else:
                 head, product = self.lm_head, "...D,DV->...V"
-            return jnp.einsum(
+            logits = jnp.einsum(
                 product, x, head.astype(x.dtype), preferred_element_type=jnp.float32
             )
+            return layers.softcap(logits, self.config.logits_softcap)
 
     def _check_call(self, tokens, lengths, segment_ids, policy) -> None:
         """Raises ValueError for shapes that this model or its cache cannot take."""
@@ -175,20 +197,34 @@ class MiniLLM(nn.Module):
                 f"{config.prefill_chunk} in one call; `prefill` does it in chunks"
             )
 
-    def _span(self, start, length: int, counts, segment_ids) -> Span:
-        batch = start.shape[0]
+    def _span(self, start, length: int, counts, segment_ids, reach) -> Span:
         positions = start[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
-        turned = positions
-        if segment_ids is not None:
-            # A packed document's own positions start at 0: RoPE needs differences only,
-            # but far from 0 they would be rounded differently than alone.
-            before = jnp.pad(segment_ids, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
-            first = jnp.where(segment_ids != before, positions, 0)
-            turned = positions - jax.lax.cummax(first, axis=1)
         if counts is None:
-            counts = jnp.full((batch,), length, jnp.int32)
-        cos, sin = rope.cos_sin(self.config, turned)
-        return Span(Places(positions, segment_ids), counts, cos, sin)
+            counts = jnp.full(start.shape, length, jnp.int32)
+        turned, lengths = positions, (start + counts)[:, None]
+        if segment_ids is not None:
+            turned, lengths = _inside_documents(segment_ids)
+        if reach is not None:
+            lengths = jnp.maximum(lengths, reach[:, None])
+        turns = local_turns = rope.cos_sin(self.config, turned, lengths)
+        if self.config.local_rope_theta is not None:
+            local_turns = rope.cos_sin(self.config, turned, lengths, local=True)
+        return Span(Places(positions, segment_ids), counts, turns, local_turns)
+
+
+def _inside_documents(segment_ids: Int[Array, "B T"]) -> tuple[Array, Array]:
+    """Each token's place in its packed document, and the document's length; [B, T].
+
+    RoPE needs differences of positions only, but far from 0 they would be rounded
+    differently than in a document that stands alone.
+    """
+    positions = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None]
+    edge = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 1)))
+    edge = edge.at[:, 0].set(True).at[:, -1].set(True)  # before each token, and the end
+    first = jax.lax.cummax(jnp.where(edge[:, :-1], positions, 0), axis=1)
+    end = jnp.where(edge[:, 1:], positions + 1, segment_ids.shape[1])
+    end = jax.lax.cummin(end, axis=1, reverse=True)
+    return positions - first, end - first
 
 
 def create_model(config: ModelConfig) -> MiniLLM:

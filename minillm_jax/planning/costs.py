@@ -4,6 +4,8 @@ Counts are exact for parameters and bytes. FLOPs count a multiply-add as two and
 out what is not a matrix product. "auto" dtypes must be resolved first.
 """
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 
 from minillm_jax.config import ModelConfig
@@ -22,7 +24,8 @@ def layer_kernels(config: ModelConfig) -> int:
 
 def parameters(config: ModelConfig) -> int:
     """Parameters of the model, embeddings included."""
-    layer = layer_kernels(config) + 2 * config.dim_model
+    norms = 4 if config.post_norms else 2
+    layer = layer_kernels(config) + norms * config.dim_model
     if config.qkv_bias:
         heads = config.num_heads + 2 * config.num_kv_heads
         layer += heads * config.head_dim
@@ -38,25 +41,29 @@ def weight_bytes(config: ModelConfig) -> int:
     return parameters(config) * itemsize(config.param_dtype)
 
 
-def cache_bytes(config: ModelConfig, batch_size: int, slots: int) -> int:
-    """Bytes of the keys and values in `slots` slots of every layer and row."""
+def cache_bytes(config: ModelConfig, batch_size: int, slots: Sequence[int]) -> int:
+    """Bytes of the keys and values in each layer's `slots`, of every row."""
     per_slot = 2 * config.num_kv_heads * config.head_dim
-    elements = config.num_layers * batch_size * slots * per_slot
-    return elements * itemsize(config.cache_dtype)
+    return batch_size * sum(slots) * per_slot * itemsize(config.cache_dtype)
+
+
+def seen(config: ModelConfig, context: int) -> list[int]:
+    """Tokens that a query sees in each layer, of `context` held and itself included."""
+    windows = [config.window(layer) for layer in range(config.num_layers)]
+    return [min(context, window or context) for window in windows]
 
 
 def decode_step_bytes(config: ModelConfig, batch_size: int, context: int) -> int:
     """Bytes a decode step cannot avoid reading: the least that any code could do.
 
     Every weight once (of an untied embedding one row per token), and of the cache the
-    `context` tokens that each row holds, or the window of them that it sees.
+    `context` tokens that each row holds, or the windows of them that it sees.
     """
     size = itemsize(config.param_dtype)
     read = weight_bytes(config)
     if not config.tie_embeddings:
         read -= (config.vocab_size - batch_size) * config.dim_model * size
-    seen = min(context, config.sliding_window or context)
-    return read + cache_bytes(config, batch_size, seen)
+    return read + cache_bytes(config, batch_size, seen(config, context))
 
 
 def forward_flops(config: ModelConfig, tokens: int, context: int = 0) -> int:
@@ -67,8 +74,9 @@ def forward_flops(config: ModelConfig, tokens: int, context: int = 0) -> int:
     """
     head = config.vocab_size * config.dim_model
     products = config.num_layers * layer_kernels(config) + head
-    window = config.sliding_window or context + tokens
-    grown = max(0, min(window - context, tokens))  # queries whose view still grows
-    seen = grown * context + grown * (grown + 1) // 2 + (tokens - grown) * window
-    attention = 2 * config.num_layers * config.num_heads * config.head_dim * seen
+    pairs = 0  # of a query and a key that it sees
+    for window in seen(config, context + tokens):
+        grown = max(0, min(window - context, tokens))  # queries whose view still grows
+        pairs += grown * context + grown * (grown + 1) // 2 + (tokens - grown) * window
+    attention = 2 * config.num_heads * config.head_dim * pairs
     return 2 * (tokens * products + attention)

@@ -82,7 +82,7 @@ def plan_decode(
     weights = costs.weight_bytes(config)
     cache = costs.cache_bytes(config, batch_size, slots)
     chunk = min(config.prefill_chunk, capacity)
-    calls = [(chunk, slots)]
+    calls = [(chunk, max(slots))]
     if forward_tokens:
         calls.append((forward_tokens, forward_tokens))
     working = [_activations(config, batch_size, *call) for call in calls]

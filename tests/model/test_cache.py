@@ -258,7 +258,9 @@ class CacheMachine(sf.RuleBasedStateMachine):
 
     def slots_and_rule(self, cache):
         slots = leaves(cache)["k"].shape[-2]
-        return slots, kv.slot_rule(self.config, slots, self.policy)
+        return slots, kv.slot_rule(
+            self.config, self.config.sliding_window, slots, self.policy
+        )
 
     def appended(self, cache, rows, width, counts):
         """The cache after `counts` new tokens for each row, in a call of `width`."""
@@ -328,7 +330,7 @@ class CacheMachine(sf.RuleBasedStateMachine):
     @sf.rule(capacity=st.sampled_from(CAPACITIES))
     def grow(self, capacity):
         slots, _ = self.slots_and_rule(self.cache)
-        wanted = kv.num_slots(self.config, capacity, self.policy)
+        wanted = kv.num_slots(self.config, capacity, self.policy)[0]
         longest = max(row.length for row in self.rows)
         ring = self.policy.overflow == "ring"
         grow = functools.partial(
@@ -499,12 +501,12 @@ def test_slot_rule_follows_from_config_leaf_and_policy(
     config = tiny_config.replace(sliding_window=window)
     cache = kv.cache_shapes(config, 1, capacity, policy=policy)
     slots = cache["layers_0"]["attention"]["k"].shape[-2]
-    assert kv.slot_rule(config, slots, policy) == rule
+    assert kv.slot_rule(config, window, slots, policy) == rule
 
 
 def test_chunk_longer_than_a_small_cache_with_a_window_is_written(tiny_config):
     """It has fewer slots than its ring would: it cannot wrap, and takes any chunk."""
-    rule = kv.slot_rule(tiny_config.replace(sliding_window=8), 4, STOP_POLICY)
+    rule = kv.slot_rule(tiny_config.replace(sliding_window=8), 8, 4, STOP_POLICY)
     check_write((4, rule, tiny_config.prefill_chunk, [0], [3]))
     check_write((4, rule, tiny_config.prefill_chunk, [2, 0], [2, 4]))
 

@@ -1,5 +1,6 @@
 """The cache-free forward against the oracle, its limits, and how parameters start."""
 
+import dataclasses
 import functools
 import math
 
@@ -22,6 +23,20 @@ LLAMA3 = RopeScaling(
     high_freq_factor=8.0,
     original_max_position_embeddings=256,  # one pair of each kind: fast, between, slow
 )
+
+
+def scaling(rope_type, original=64, **fields):
+    return RopeScaling(
+        rope_type=rope_type, original_max_position_embeddings=original, **fields
+    )
+
+
+LONGROPE = scaling(
+    "longrope",
+    factor=4.0,
+    short_factor=(1.0, 1.1, 1.3, 1.7),
+    long_factor=(1.5, 2.0, 3.0, 4.0),
+)
 VARIATIONS = {
     "mha": {"num_kv_heads": 4},
     "gqa": {"num_kv_heads": 2},
@@ -34,6 +49,39 @@ VARIATIONS = {
     "theta_and_eps": {"rope_theta": 100.0, "norm_eps": 0.1},
     "linear": {"rope_scaling": RopeScaling(rope_type="linear", factor=4.0)},
     "llama3": {"rope_scaling": LLAMA3},
+    "dynamic": {"rope_scaling": scaling("dynamic", factor=2.0)},
+    "dynamic_beyond": {"rope_scaling": scaling("dynamic", original=16, factor=3.0)},
+    "yarn": {"rope_scaling": scaling("yarn", original=16, factor=4.0)},
+    "yarn_fields": {
+        "rope_scaling": scaling(
+            *("yarn", 16),
+            factor=4.0,
+            attention_factor=1.2,
+            beta_fast=2.0,
+            beta_slow=0.3,
+            truncate=False,
+        )
+    },
+    "longrope": {"rope_scaling": LONGROPE},
+    "longrope_beyond": {
+        "rope_scaling": dataclasses.replace(
+            LONGROPE, original_max_position_embeddings=16
+        )
+    },
+    "partial_rotary": {"head_dim": 12, "rotary_dim": 8},
+    "global_layers": {"sliding_window": 5, "global_layers": (1,), "num_layers": 3},
+    "local_theta": {
+        "rope_scaling": LLAMA3,
+        "sliding_window": 5,
+        "global_layers": (0,),
+        "local_rope_theta": 50.0,
+    },
+    "gelu": {"activation": "gelu_tanh"},
+    "soft_caps": {"attention_softcap": 0.5, "logits_softcap": 2.0},
+    "query_scalar": {"query_pre_attn_scalar": 3.0},
+    "unit_offset": {"norm_unit_offset": True, "qk_norm": True},
+    "post_norms": {"post_norms": True},
+    "embedding_scale": {"embedding_scale": 5.5},
     "all": {
         "head_dim": 12,
         "num_layers": 3,
@@ -41,6 +89,22 @@ VARIATIONS = {
         "sliding_window": 7,
         "qkv_bias": True,
         "qk_norm": True,
+        "tie_embeddings": True,
+    },
+    "all_of_gemma": {
+        "head_dim": 12,
+        "num_layers": 3,
+        "activation": "gelu_tanh",
+        "sliding_window": 7,
+        "global_layers": (2,),
+        "local_rope_theta": 100.0,
+        "qk_norm": True,
+        "query_pre_attn_scalar": 9.0,
+        "attention_softcap": 3.0,
+        "logits_softcap": 4.0,
+        "norm_unit_offset": True,
+        "post_norms": True,
+        "embedding_scale": 32**0.5,
         "tie_embeddings": True,
     },
 }
@@ -193,9 +257,9 @@ def small_blocks(monkeypatch):
     """Blocks of 8 queries from here on; returns the sizes that were used."""
     sizes, attend_block = [], attention._attend_block
 
-    def spy(q, k, v, mask):
+    def spy(q, *rest):
         sizes.append(q.shape[-2])
-        return attend_block(q, k, v, mask)
+        return attend_block(q, *rest)
 
     monkeypatch.setattr(attention, "SCORE_BYTES", 1)
     monkeypatch.setattr(attention, "_attend_block", spy)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 import minillm_jax as mj
+from minillm_jax.model import cache as kv
 from minillm_jax.planning import costs
 from minillm_jax.testing import tiny_config
 
@@ -15,6 +16,7 @@ VARIATIONS = [
     {"qkv_bias": True, "qk_norm": True},
     {"tie_embeddings": True},
     {"param_dtype": "bfloat16", "cache_dtype": "bfloat16"},
+    {"sliding_window": 8, "global_layers": (1,), "post_norms": True},
 ]
 
 
@@ -33,7 +35,8 @@ def test_parameters_and_bytes_equal_those_of_the_arrays(changes):
     for batch_size in (1, 3):
         cache = jax.eval_shape(lambda b=batch_size: mj.init_cache(model.config, b, 50))
         held = total_bytes(cache) - 4 * batch_size  # its lengths
-        assert costs.cache_bytes(model.config, batch_size, 50) == held
+        slots = kv.num_slots(model.config, 50, kv.CachePolicy())
+        assert costs.cache_bytes(model.config, batch_size, slots) == held
 
 
 @pytest.mark.parametrize("name", mj.Configs.names)
