@@ -23,3 +23,6 @@ from minillm_jax.model.transformer import init_params as init_params
 from minillm_jax.text.tokenizer import ByteTokenizer as ByteTokenizer
 from minillm_jax.text.tokenizer import TokenizerError as TokenizerError
 from minillm_jax.text.tokenizer import load_tokenizer as load_tokenizer
+from minillm_jax.weights.errors import CheckpointError as CheckpointError
+from minillm_jax.weights.load import load_pretrained as load_pretrained
+from minillm_jax.weights.save import save_pretrained as save_pretrained

@@ -16,7 +16,9 @@ ROOT = pathlib.Path(mj.__file__).parent
 # The longest entry that names it, or a folder that it is in, counts: a new module needs
 # a place here. An `__init__` only hands on names of its own folder.
 LAYERS = (
-    ("validation", "progress"),
+    ("validation", "progress", "json_files"),
+    ("rope_scaling",),
+    ("config_rules",),
     ("config",),
     ("planning.costs", "model.rope", "model.layers", "model.cache"),
     ("model.attention",),
@@ -27,6 +29,9 @@ LAYERS = (
     ("decoding.executables",),
     ("decoding.stream",),
     ("decoding.generator",),
+    ("weights.errors", "weights.families", "weights.rope_parameters"),
+    ("weights.configs", "weights.names", "weights.files", "weights.hub"),
+    ("weights",),
     ("planning",),
     ("cli",),
 )

@@ -1,0 +1,290 @@
+"""Between a Hugging Face config.json and a ModelConfig.
+
+Strict both ways: a key that is not known and may change what the model computes is an
+error, and so is a field that no architecture of transformers has.
+"""
+
+import dataclasses
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from minillm_jax import validation
+from minillm_jax.config import MAX_LAYERS, MAX_POSITIONS, ConfigError, ModelConfig
+from minillm_jax.weights import families, rope_parameters
+from minillm_jax.weights.errors import CheckpointError
+from minillm_jax.weights.families import FAMILIES, Family
+
+_log = logging.getLogger("minillm_jax")
+_SIZES = {
+    "hidden_size": "dim_model",
+    "intermediate_size": "dim_ff",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "vocab_size": "vocab_size",
+}
+_SAME = {
+    "num_key_value_heads": "num_kv_heads",
+    "head_dim": "head_dim",
+    "rms_norm_eps": "norm_eps",
+    "tie_word_embeddings": "tie_embeddings",
+    "attention_bias": "qkv_bias",
+    "query_pre_attn_scalar": "query_pre_attn_scalar",
+    "attn_logit_softcapping": "attention_softcap",
+    "final_logit_softcapping": "logits_softcap",
+}
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+# A section of our own, for what transformers has no key for.
+_OWN, _OWN_FIELDS = "minillm_jax", ("max_seq_len", "max_kv_cache_len", "prefill_chunk")
+
+
+def read_config(
+    values: Mapping[str, Any],
+    generation: Mapping[str, Any],
+    *,
+    ignore_keys: Sequence[str] = (),
+    where: object = "config.json",
+) -> tuple[ModelConfig, Family]:
+    """The config of a folder, its dtypes "auto".
+
+    Args:
+      values: its config.json.
+      generation: its generation_config.json, whose EOS ids come first.
+      ignore_keys: keys that are not known here and are to be passed over.
+      where: the file, for messages.
+
+    Raises:
+      CheckpointError: with all that is wrong: an unknown architecture, RoPE scaling or
+        key that may change the mathematics, a value that cannot be.
+    """
+    family = families.by_name(values)
+    if family is None:
+        known = ", ".join(family.architecture for family in FAMILIES)
+        name = values.get("architectures") or values.get("model_type")
+        raise CheckpointError(
+            f"architecture {validation.shown(name)} is not known; known: {known}", where
+        )
+    if values.get("auto_map"):
+        _log.warning("%s: auto_map is ignored: no code from a folder is run", where)
+    values = {"model_type": family.model_type, **family.keys, **_given(values, family)}
+    problems = _unknown_keys(values, family, ignore_keys)
+    fields = _fields(values, family, problems)
+    ids = generation.get("eos_token_id")
+    ids = values.get("eos_token_id") if ids is None else ids
+    fields["eos_token_ids"] = () if ids is None else ids
+    try:
+        config = ModelConfig(**fields)
+    except ConfigError as error:
+        raise CheckpointError([*problems, *error.problems], where) from None
+    if family.divides and config.dim_model % config.num_heads:
+        problems.append("num_attention_heads: must divide hidden_size")
+    if problems:
+        raise CheckpointError(problems, where)
+    return config, family
+
+
+def _given(values: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """What config.json says; null where the family has a number is as if not there."""
+    numbers = ("rope_theta", "max_position_embeddings", "rms_norm_eps")
+    return {
+        key: value
+        for key, value in values.items()
+        if key != "model_type" and not (value is None and key in numbers)
+    }
+
+
+def _unknown_keys(
+    values: Mapping[str, Any], family: Family, ignore_keys: Sequence[str]
+) -> list[str]:
+    read = {*_SIZES, *family.keys, *rope_parameters.KEYS, _OWN, *ignore_keys}
+    if family.model_type in ("gemma", "gemma2", "gemma3_text"):
+        read |= {"hidden_act", "hidden_activation", "sliding_window_pattern"}
+    problems = []
+    for key, value in values.items():
+        known = key in read or key in families.HARMLESS or key.startswith("_")
+        if known or value in families.NEUTRAL.get(key, ()):
+            continue
+        off = value is None or (value is False and key not in families.NOT_FALSE)
+        if off or value in ([], {}):
+            continue
+        problems.append(
+            f"{key}={validation.shown(value)} is not known for {family.architecture} "
+            "and may change what it computes"
+        )
+    return problems
+
+
+def _fields(
+    values: Mapping[str, Any], family: Family, problems: list[str]
+) -> dict[str, Any]:
+    """A ModelConfig's fields; what is wrong with them alone is appended."""
+    fields = dict(family.fields)
+    for key, name in _SIZES.items():
+        if values.get(key) is None:
+            problems.append(f"{key} is missing")
+        fields[name] = values.get(key)
+    fields |= {name: values[key] for key, name in _SAME.items() if key in family.keys}
+    key = "hidden_activation" if "hidden_activation" in family.keys else "hidden_act"
+    known = _ACTIVATIONS
+    if family.model_type == "gemma":  # whose first configs meant the approximation
+        known = {**known, "gelu": "gelu_tanh"}
+    fields["activation"] = known.get(values[key], values[key])
+    if family.fields.get("norm_unit_offset") and _is_size(values.get("hidden_size")):
+        fields["embedding_scale"] = math.sqrt(values["hidden_size"])
+    fields |= _windows(values, family, problems)
+    turns = rope_parameters.read(values, problems)
+    part = turns.pop("partial_rotary_factor", None)
+    fields |= turns
+    scaling = turns.get("rope_scaling")
+    if scaling is not None and scaling["rope_type"] not in family.rope_types:
+        problems.append(
+            f"rope_scaling: {family.architecture} has no {scaling['rope_type']}"
+        )
+    if part is not None and part != 1.0:
+        head = values.get("head_dim") or _quotient(values)
+        number = isinstance(part, float) and _is_size(head)
+        fields["rotary_dim"] = int((head or 0) * part) if number else part
+        if family.model_type != "phi3":
+            problems.append(f"partial_rotary_factor={part}: only known for Phi-3")
+    return fields | _lengths(values, problems)
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and 0 < value < MAX_POSITIONS
+
+
+def _quotient(values: Mapping[str, Any]) -> int | None:
+    sizes = values.get("hidden_size"), values.get("num_attention_heads")
+    return sizes[0] // sizes[1] if all(map(_is_size, sizes)) else None  # pyright: ignore
+
+
+def _lengths(values: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+    longest = values["max_position_embeddings"]
+    fields = {"max_seq_len": longest, "max_kv_cache_len": longest}
+    own = values.get(_OWN) or {}
+    if not isinstance(own, Mapping) or set(own) - set(_OWN_FIELDS):
+        problems.append(f"{_OWN}={validation.shown(own)}: may have {_OWN_FIELDS}")
+        return fields
+    return fields | dict(own)
+
+
+def _windows(
+    values: Mapping[str, Any], family: Family, problems: list[str]
+) -> dict[str, Any]:
+    """`sliding_window` and `global_layers`."""
+    window, count = values.get("sliding_window"), values.get("num_hidden_layers")
+    if family.windows == "none" or window is None:
+        return {}
+    if not isinstance(count, int) or not 0 < count <= MAX_LAYERS:
+        return {}
+    if family.windows == "all":
+        return {"sliding_window": window}
+    if "use_sliding_window" in family.keys and not values["use_sliding_window"]:
+        return {}
+    types = _layer_types(values, family, count, problems)
+    global_layers = [i for i, name in enumerate(types) if name == "full_attention"]
+    if len(global_layers) == len(types):
+        return {}
+    return {"sliding_window": window, "global_layers": global_layers}
+
+
+def _layer_types(
+    values: Mapping[str, Any], family: Family, count: int, problems: list[str]
+) -> list[str]:
+    """Each layer's, as listed, or by the rule of the family's older files."""
+    both = ("full_attention", "sliding_attention")
+    listed = values.get("layer_types")
+    if listed is not None:
+        if isinstance(listed, list) and len(listed) == count and {*listed} <= {*both}:
+            return listed
+        problems.append(f"layer_types: must be {count} of {' or '.join(both)}")
+        return []
+    if "max_window_layers" in family.keys:
+        first = values["max_window_layers"]
+        return [both[_is_size(first + 1) and i >= first] for i in range(count)]
+    pattern = values.get("sliding_window_pattern", count + 1)
+    if not _is_size(pattern):
+        problems.append(f"sliding_window_pattern={pattern!r}: must be a number")
+        return []
+    return [both[(i + 1) % pattern != 0] for i in range(count)]
+
+
+def write_config(config: ModelConfig) -> tuple[dict[str, Any], Family]:
+    """The config.json of the architecture that a config's data make.
+
+    Raises:
+      ConfigError: where no architecture of transformers has all of its fields, with
+        those that keep it from the nearest.
+    """
+    nearest: list[str] = []
+    for family in FAMILIES:
+        values = _values(config, family)
+        try:
+            back, _ = read_config(values, values)
+            wrong = _differences(config, back)
+        except CheckpointError as error:
+            wrong = list(error.problems)
+        if not wrong:
+            return values, family
+        wrong = [f"{problem} ({family.architecture})" for problem in wrong]
+        if not nearest or len(wrong) < len(nearest):
+            nearest = wrong
+    raise ConfigError(
+        ["no architecture of transformers has all fields of this config", *nearest]
+    )
+
+
+def _differences(config: ModelConfig, other: ModelConfig) -> list[str]:
+    """The fields, as config.json has them, in which two configs differ."""
+    return [
+        f"{field.name}={validation.shown(getattr(config, field.name))}: would become "
+        f"{validation.shown(getattr(other, field.name))}"
+        for field in dataclasses.fields(config)
+        if not field.name.endswith("dtype")
+        and getattr(config, field.name) != getattr(other, field.name)
+    ]
+
+
+def _values(config: ModelConfig, family: Family) -> dict[str, Any]:
+    """config.json, as well as the family can say it."""
+    values: dict[str, Any] = {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+    }
+    names = _SIZES | {key: name for key, name in _SAME.items() if key in family.keys}
+    values |= {key: getattr(config, name) for key, name in names.items()}
+    acts = {name: key for key, name in reversed(_ACTIVATIONS.items())}
+    for key in ("hidden_act", "hidden_activation"):
+        if key in family.keys:
+            values[key] = acts[config.activation]
+    values |= rope_parameters.write(config)
+    if "sliding_window" in family.keys:
+        values["sliding_window"] = config.sliding_window
+    if "use_sliding_window" in family.keys:
+        values["use_sliding_window"] = config.sliding_window is not None
+    if "layer_types" in family.keys:
+        windows = [config.window(layer) for layer in range(config.num_layers)]
+        names = [
+            "full_attention" if w is None else "sliding_attention" for w in windows
+        ]
+        values["layer_types"] = names
+    scaling, longest = config.rope_scaling, config.max_seq_len
+    original = longest
+    if scaling is not None and scaling.original_max_position_embeddings is not None:
+        original = scaling.original_max_position_embeddings
+    if scaling is not None and scaling.rope_type == "dynamic":
+        longest = original
+    values["max_position_embeddings"] = longest
+    if "original_max_position_embeddings" in family.keys:
+        values["original_max_position_embeddings"] = original
+    own = {name: getattr(config, name) for name in _OWN_FIELDS}
+    usual = (longest, longest, min(longest, 512))
+    if tuple(own.values()) != usual:
+        values[_OWN] = own
+    ids = list(config.eos_token_ids)
+    return values | {"eos_token_id": ids[0] if len(ids) == 1 else ids or None}

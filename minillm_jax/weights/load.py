@@ -1,0 +1,160 @@
+"""Reads a Hugging Face folder: its config, its tokenizer, its weights.
+
+A parameter at a time: what is read of a file is at most the rows that it needs, in host
+memory only until the parameter is on the device.
+"""
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from minillm_jax import progress
+from minillm_jax.config import FLOAT_DTYPES, ConfigError, ModelConfig
+from minillm_jax.model.transformer import MiniLLM, create_model
+from minillm_jax.text.tokenizer import FileTokenizer, load_tokenizer
+from minillm_jax.weights import configs, files, hub, names
+from minillm_jax.weights.errors import CheckpointError
+from minillm_jax.weights.families import Family
+
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_BUFFER = ".rotary_emb.inv_freq"  # in files of before 2023; computed here
+
+
+def load_pretrained(
+    path: str | pathlib.Path,
+    dtype: str | None = None,
+    *,
+    ignore_keys: Sequence[str] = (),
+) -> tuple[MiniLLM, dict[str, Any], FileTokenizer | None]:
+    """A model, its parameters and its tokenizer from a Hugging Face folder.
+
+    Args:
+      path: a folder with config.json and safetensors; or "org/name", which
+        huggingface_hub downloads where it is installed (the extra `hub`).
+      dtype: of parameters, computation and cache; None = bfloat16 on GPU and TPU,
+        float32 on CPU, whatever the files have.
+      ignore_keys: keys of config.json that are not known here and are to be passed
+        over: the model may then not be the one of the files.
+
+    Returns:
+      The module, the inner `params` tree on the default device, and the tokenizer: None
+      where the folder has no tokenizer.json.
+
+    Raises:
+      CheckpointError: for a folder that is not a whole model of a known architecture,
+        with every missing, unexpected and wrong tensor, or every key that is not known.
+      TokenizerError: for tokenizer files that cannot be used.
+      ConfigError: for another dtype.
+    """
+    folder = hub.folder(path)
+    config, family = read_config(folder, dtype, ignore_keys=ignore_keys)
+    tokenizer = None
+    if (folder / "tokenizer.json").is_file():
+        tokenizer = load_tokenizer(folder)
+    model = create_model(config)
+    return model, read_params(folder, model.config, family), tokenizer
+
+
+def read_config(
+    folder: pathlib.Path, dtype: str | None = None, *, ignore_keys: Sequence[str] = ()
+) -> tuple[ModelConfig, Family]:
+    """The config of a folder, its dtypes "auto" where `dtype` is None."""
+    if dtype is not None and dtype not in ("auto", *FLOAT_DTYPES):
+        raise ConfigError(f"dtype={dtype!r}: must be one of {', '.join(FLOAT_DTYPES)}")
+    file = folder / "config.json"
+    if not file.is_file():
+        raise CheckpointError("has no config.json: not a model's folder", folder)
+    config, family = configs.read_config(
+        files.read_json(folder, "config.json"),
+        files.read_json(folder, "generation_config.json"),
+        ignore_keys=ignore_keys,
+        where=file,
+    )
+    return (config if dtype is None else config.replace(dtype=dtype)), family
+
+
+def read_params(
+    folder: pathlib.Path, config: ModelConfig, family: Family
+) -> dict[str, Any]:
+    """The inner tree, in `param_dtype`, on the default device.
+
+    Raises:
+      CheckpointError: with everything wrong, before any data is read.
+    """
+    found = files.read_headers(folder)
+    _check(folder, config, family, found)
+    tree: dict[str, Any] = {}
+    wanted = list(names.parameters(config, family))
+    with progress.bar("weights", len(wanted)) as bar:
+        for parameter in wanted:
+            progress.advance(bar, "/".join(parameter.path))
+            *parents, last = parameter.path
+            node = tree
+            for name in parents:
+                node = node.setdefault(name, {})
+            host = _read(parameter, found, jnp.dtype(config.param_dtype))
+            node[last] = jax.block_until_ready(jax.device_put(host))
+    return tree
+
+
+def _read(
+    parameter: names.Parameter, found: dict[str, files.Tensor], dtype: np.dtype
+) -> np.ndarray:
+    leaf = np.empty(parameter.shape, dtype)
+    for piece in parameter.pieces:
+        tensor, count = found[piece.tensor], names.rows(parameter, piece)
+        rows = files.read_rows(piece.tensor, tensor, piece.start, count)
+        view = piece.view(leaf)
+        view[...] = rows.reshape(view.shape)
+    return leaf
+
+
+def _check(
+    folder: pathlib.Path,
+    config: ModelConfig,
+    family: Family,
+    found: dict[str, files.Tensor],
+) -> None:
+    """Raises CheckpointError where the files' tensors are not the model's."""
+    wanted = names.tensors(config, family)
+    problems = [f"{name} is missing" for name in wanted.keys() - found]
+    for name, tensor in found.items():
+        if name.endswith(_BUFFER) or (config.tie_embeddings and name == _HEAD):
+            continue
+        if name not in wanted:
+            problems.append(f"{name} is unexpected")
+        elif tensor.shape != wanted[name]:
+            problems.append(f"{name} has shape {tensor.shape}, not {wanted[name]}")
+        elif tensor.dtype not in files.DTYPES:
+            known = ", ".join(files.DTYPES)
+            problems.append(f"{name} is of dtype {tensor.dtype}, not one of {known}")
+    if not problems and config.tie_embeddings and not _is_tied(found):
+        problems.append(
+            f"{_HEAD} is not {_EMBEDDING}, although tie_word_embeddings says so: set "
+            "that to false in config.json, or remove the tensor"
+        )
+    if problems:
+        raise CheckpointError(sorted(problems), folder)
+
+
+def _is_tied(found: dict[str, files.Tensor]) -> bool:
+    """Whether an output head beside tied embeddings, if there is one, is the same."""
+    if _HEAD not in found:
+        return True
+    one, other = found[_EMBEDDING], found[_HEAD]
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    step = max(1, 2**24 // max(1, one.shape[1]))  # elements at a time
+    for start in range(0, one.shape[0], step):
+        count = min(step, one.shape[0] - start)
+        pair = [
+            files.read_rows(name, found[name], start, count).tobytes()
+            for name in (_EMBEDDING, _HEAD)
+        ]
+        if pair[0] != pair[1]:
+            return False
+    return True

@@ -1,0 +1,145 @@
+"""Which tensors of a Hugging Face folder make which parameter, both ways.
+
+A parameter is made of pieces: rows of a tensor, and their place in the parameter, given
+as a view of it whose axes are in the tensor's order. Loading writes into the views,
+saving reads them, so that there is one table for both.
+
+Axes: N query heads, K key/value heads, G = N // K, H head dim, D model dim, F ffn dim,
+V vocab. A tensor of a linear layer is [out, in].
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from minillm_jax.config import ModelConfig
+from minillm_jax.weights.families import Family
+
+
+class Piece(NamedTuple):
+    """Rows of a tensor, and where they are in a parameter."""
+
+    tensor: str
+    # The parameter -> a view of the piece's place, whose shape is that of the rows but
+    # for axes that the tensor has as one.
+    view: Callable[[np.ndarray], np.ndarray]
+    columns: tuple[int, ...]  # the rows' own shape: () of a vector, (in,)
+    start: int = 0
+
+
+class Parameter(NamedTuple):
+    """A leaf of the `params` tree."""
+
+    path: tuple[str, ...]
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+
+
+def rows(parameter: Parameter, piece: Piece) -> int:
+    """Rows that a piece takes of its tensor."""
+    empty = np.broadcast_to(np.zeros(()), parameter.shape)  # takes no memory
+    return piece.view(empty).size // math.prod(piece.columns)
+
+
+def parameters(config: ModelConfig, family: Family) -> Iterator[Parameter]:
+    """Every parameter of a model, in the order of the tree."""
+    dim, vocab = config.dim_model, config.vocab_size
+    yield _whole(("embedding",), (vocab, dim), "model.embed_tokens")
+    for layer in range(config.num_layers):
+        block, prefix = f"layers_{layer}", f"model.layers.{layer}."
+        for path, shape, name in _norms(config):
+            yield _whole((block, *path), shape, prefix + name)
+        for path, shape, pieces in _products(config, family, prefix):
+            yield Parameter((block, *path), shape, pieces)
+    yield _whole(("final_norm", "scale"), (dim,), "model.norm")
+    if not config.tie_embeddings:
+        head = Piece("lm_head.weight", _transposed, (dim,))
+        yield Parameter(("lm_head",), (dim, vocab), (head,))
+
+
+def tensors(config: ModelConfig, family: Family) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of a folder, by its name."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for parameter in parameters(config, family):
+        for piece in parameter.pieces:
+            count = piece.start + rows(parameter, piece)
+            before = shapes.get(piece.tensor, (0,))[0]
+            shapes[piece.tensor] = (max(before, count), *piece.columns)
+    return shapes
+
+
+def _transposed(x: np.ndarray) -> np.ndarray:
+    return x.T
+
+
+def _whole(path: tuple[str, ...], shape: tuple[int, ...], name: str) -> Parameter:
+    return Parameter(path, shape, (Piece(f"{name}.weight", lambda x: x, shape[1:]),))
+
+
+def _norms(config: ModelConfig):
+    """Path, shape and module of a layer's norms."""
+    dim, head = (config.dim_model,), (config.head_dim,)
+    post = "post_attention_layernorm"
+    names = {"attention_norm": "input_layernorm", "mlp_norm": post}
+    if config.post_norms:
+        names = {
+            "attention_norm": "input_layernorm",
+            "attention_post_norm": post,
+            "mlp_norm": "pre_feedforward_layernorm",
+            "mlp_post_norm": "post_feedforward_layernorm",
+        }
+    for ours, theirs in names.items():
+        yield (ours, "scale"), dim, theirs
+    for name in ("q_norm", "k_norm") if config.qk_norm else ():
+        yield ("attention", name, "scale"), head, f"self_attn.{name}"
+
+
+def _products(config: ModelConfig, family: Family, prefix: str):
+    """Path, shape and pieces of a layer's kernels and biases."""
+    dim, ff, heads = config.dim_model, config.dim_ff, config.num_kv_heads
+    groups, head = config.queries_per_kv_head, config.head_dim
+    per_group = (heads, groups + 2, head)
+    attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
+    q, kv = config.num_heads * head, heads * head
+    qkv = {"q_proj": 0, "k_proj": 0, "v_proj": 0}
+    if family.fused:
+        qkv = {"qkv_proj": 0, "qkv_proj ": q, "qkv_proj  ": q + kv}
+    places = (slice(0, groups), slice(groups, groups + 1), slice(groups + 1, None))
+    starts = [(name.strip(), start) for name, start in qkv.items()]
+
+    def pieces(kind: str, view, columns: tuple[int, ...]) -> tuple[Piece, ...]:
+        return tuple(
+            Piece(f"{attention}{name}.{kind}", view(place), columns, start)
+            for (name, start), place in zip(starts, places, strict=True)
+        )
+
+    def kernel(place: slice):  # [D, K, P, H] -> [K, p, H, D]
+        return lambda x: np.moveaxis(x[:, :, place], 0, -1)
+
+    def bias(place: slice):  # [K, P, H] -> [K, p, H]
+        return lambda x: x[:, place]
+
+    yield ("attention", "qkv"), (dim, *per_group), pieces("weight", kernel, (dim,))
+    if config.qkv_bias:
+        yield ("attention", "qkv_bias"), per_group, pieces("bias", bias, ())
+
+    out = Piece(f"{attention}o_proj.weight", lambda x: np.moveaxis(x, -1, 0), (q,))
+    yield ("attention", "out"), (heads, groups, head, dim), (out,)
+
+    names = (
+        ("gate_up_proj", "gate_up_proj") if family.fused else ("gate_proj", "up_proj")
+    )
+    gate, up = [
+        Piece(
+            f"{mlp}{name}.weight",
+            lambda x, i=i: x[:, i].T,
+            (dim,),
+            i * ff if family.fused else 0,
+        )
+        for i, name in enumerate(names)
+    ]
+    yield ("mlp", "gate_up"), (dim, 2, ff), (gate, up)
+    down = Piece(f"{mlp}down_proj.weight", _transposed, (ff,))
+    yield ("mlp", "down"), (ff, dim), (down,)

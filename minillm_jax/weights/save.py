@@ -1,0 +1,153 @@
+"""Writes a Hugging Face folder that transformers loads.
+
+The weights first, a tensor at a time, and config.json last: each file under another
+name until it is whole.
+"""
+
+import contextlib
+import json
+import math
+import os
+import pathlib
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+
+from minillm_jax.config import ConfigError
+from minillm_jax.model import transformer
+from minillm_jax.model.transformer import MiniLLM
+from minillm_jax.weights import configs, files, names
+from minillm_jax.weights.families import Family
+
+SHARD_BYTES = 4 * 10**9  # of one file, but for a tensor that is larger
+
+
+def save_pretrained(
+    path: str | pathlib.Path,
+    model: MiniLLM,
+    params: Mapping[str, Any],
+    tokenizer: Any = None,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes config, weights and tokenizer; a model that is there already is replaced.
+
+    Host memory holds a file's tensors at a time.
+
+    Args:
+      path: the folder; made where it is not there.
+      model: its config decides the architecture.
+      params: the inner tree, written in its own dtype, bit for bit.
+      tokenizer: from `load_tokenizer` or `load_pretrained`, whose files are copied.
+      shard_bytes: the most that a file of weights is to hold.
+
+    Raises:
+      ConfigError: before anything is written: for a config that no architecture of
+        transformers can express, params of another model, or a tokenizer without files.
+    """
+    transformer.check_params(model, params)
+    values, family = configs.write_config(model.config)
+    if tokenizer is not None and not hasattr(tokenizer, "save"):
+        raise ConfigError("tokenizer: only one that was read from files can be saved")
+    folder = pathlib.Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = _write_weights(folder, model, params, family, shard_bytes)
+    for stale in folder.glob("model*.safetensors*"):
+        if stale.name not in written and _OURS.fullmatch(stale.name):
+            stale.unlink()
+    if tokenizer is not None:
+        tokenizer.save(folder)
+    dtype = np.dtype(params["embedding"].dtype).name
+    ids = values["eos_token_id"]
+    _write_json(folder / "generation_config.json", {"eos_token_id": ids})
+    _write_json(folder / "config.json", values | {"torch_dtype": dtype})
+
+
+_OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+
+
+def _write_weights(
+    folder: pathlib.Path,
+    model: MiniLLM,
+    params: Mapping[str, Any],
+    family: Family,
+    shard_bytes: int,
+) -> set[str]:
+    """Writes one file, or several and their index; returns their names."""
+    places = _places(model, family)
+    sizes = {
+        name: math.prod(shape) * _leaf(params, places[name][0]).dtype.itemsize
+        for name, shape in names.tensors(model.config, family).items()
+    }
+    shards = _shards(sizes, shard_bytes)
+    index, written = {}, set()
+    for number, shard in enumerate(shards, 1):
+        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        name = files.SINGLE if len(shards) == 1 else name
+        tensors = {tensor: _tensor(params, places[tensor]) for tensor in shard}
+        with _replaced(folder / name) as file:
+            safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
+        index |= dict.fromkeys(shard, name)
+        written.add(name)
+    if len(shards) > 1:
+        total = {"total_size": sum(sizes.values())}
+        _write_json(folder / files.INDEX, {"metadata": total, "weight_map": index})
+        written.add(files.INDEX)
+    return written
+
+
+def _places(model: MiniLLM, family: Family) -> dict[str, list[Any]]:
+    """The parameters and pieces that each tensor is made of, the first rows first."""
+    places: dict[str, list[Any]] = {}
+    for parameter in names.parameters(model.config, family):
+        for piece in parameter.pieces:
+            places.setdefault(piece.tensor, []).append((parameter, piece))
+    return places
+
+
+def _shards(sizes: Mapping[str, int], most: int) -> list[list[str]]:
+    """Names of the tensors of each file, in their order."""
+    shards, held = [[]], 0
+    for name, size in sizes.items():
+        if shards[-1] and held + size > most:
+            shards.append([])
+            held = 0
+        shards[-1].append(name)
+        held += size
+    return shards
+
+
+def _leaf(params: Mapping[str, Any], place: Any) -> Any:
+    node: Any = params
+    for name in place[0].path:
+        node = node[name]
+    return node
+
+
+def _tensor(params: Mapping[str, Any], places: list[Any]) -> np.ndarray:
+    """A tensor as the file has it."""
+    parts = []
+    for parameter, piece in places:
+        view = piece.view(np.asarray(_leaf(params, (parameter, piece))))
+        count = names.rows(parameter, piece)
+        parts.append(view.reshape(count, *piece.columns))
+    return np.ascontiguousarray(parts[0] if len(parts) == 1 else np.concatenate(parts))
+
+
+def _write_json(file: pathlib.Path, values: Mapping[str, Any]) -> None:
+    with _replaced(file) as temporary:
+        temporary.write_text(json.dumps(values, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def _replaced(file: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Another name to write to; what is written becomes the file when it is whole."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        yield temporary
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
