@@ -2,6 +2,7 @@
 
     python -m benchmarks.decode --config=configs/small.py
     python -m benchmarks.decode --config=medium --config.decode.contexts=256,2048
+    python -m benchmarks.decode --model=FOLDER
 
 Prints a table, then one JSON object as the last line.
 """
@@ -13,7 +14,7 @@ import jax
 
 from benchmarks import decode_runs, fit, measure, report
 from minillm_jax import progress
-from minillm_jax.cli import app, config_files
+from minillm_jax.cli import app, config_files, model_folder
 from minillm_jax.model import transformer
 from minillm_jax.planning import costs, devices
 
@@ -32,14 +33,14 @@ def benchmark(config: Any) -> dict[str, Any]:
     fit.check(model.config, settings)
 
     results: list[dict[str, Any]] = []
-    with progress.bar("weights", 1 + 3 * len(shapes)) as bar:
+    params = model_folder.params(config, model)
+    with progress.bar("", 3 * len(shapes)) as bar:
 
         def stage(name: str) -> None:
             shown = shapes[min(len(results), len(shapes) - 1)]
             progress.advance(bar, f"{shown.context}: {name}")
 
         bandwidth = measure.Bandwidth()
-        params = jax.block_until_ready(transformer.init_params(model))
         for shape in shapes:
             results.append(
                 decode_runs.run(
@@ -53,6 +54,7 @@ def benchmark(config: Any) -> dict[str, Any]:
                 )
             )
     sections = {
+        "model_path": config.get("model_path"),
         "model": model.config.to_dict(),
         "decode": dataclasses.asdict(settings),
     }

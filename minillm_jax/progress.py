@@ -1,6 +1,8 @@
 """Progress bars on stderr, drawn in terminals and notebooks only."""
 
+import contextlib
 import sys
+from typing import Any
 
 from rich import console, progress
 
@@ -20,6 +22,13 @@ def bar(description: str, total: int) -> progress.Progress:
     )
     found.add_task(description, total=total)
     return found
+
+
+def spinner(text: str) -> contextlib.AbstractContextManager[Any]:
+    """Something that turns while the block runs, on a terminal only."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        return contextlib.nullcontext()
+    return console.Console(stderr=True).status(text)
 
 
 def advance(shown: progress.Progress, description: str) -> None:

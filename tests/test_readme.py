@@ -15,9 +15,10 @@ from minillm_jax.cli import generate
 README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
 
 
-def test_the_python_of_the_readme_runs():
+def test_the_python_of_the_readme_runs(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     names = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
@@ -25,6 +26,8 @@ def test_the_python_of_the_readme_runs():
     assert names["cache"]["lengths"].tolist() == [15]
     assert [len(completion.tokens) for completion in names["out"]] == [16, 16]
     assert names["piece"].finish_reason is not None
+    assert names["model"].config == mj.Configs.small().resolve("cpu")
+    assert (tmp_path / "small" / "model.safetensors").is_file()
     counts = re.search(r"print\(generator.compilations\)\n# (.*)", README).group(1)
     assert str(names["generator"].compilations) == counts
 
@@ -50,13 +53,14 @@ def test_the_generate_lines_of_the_readme_are_right(monkeypatch):
         define = functools.partial(getattr(flags, f"DEFINE_{kind}"), flag_values=found)
         monkeypatch.setattr(flags, f"DEFINE_{kind}", define)
     flags.DEFINE_string("config", None, "")
+    flags.DEFINE_string("model", None, "")
     generate.define_flags()
     lines = re.findall(r"^python -m minillm_jax\.cli\.generate (.*)$", README, re.M)
-    assert len(lines) >= 3
+    assert len(lines) >= 4
     for line in lines:
         found.unparse_flags()
         assert found(["generate", *shlex.split(line)]) == ["generate"]
-        assert found["config"].value in mj.Configs.names
+        assert found["config"].value in mj.Configs.names or found["model"].value
 
 
 def test_the_preset_table_of_the_readme_is_that_of_the_code():

@@ -1,6 +1,7 @@
 """Runs a command line: its config flag, and one clear line for every user mistake.
 
-`--config` takes a file with `get_config()` or a preset's name. Whatever the user gave
+`--config` takes a file with `get_config()` or a preset's name, `--model` a Hugging Face
+folder, whose config and weights take the place of the model's. Whatever the user gave
 wrong ends with exit code 2 and one line on stderr, without a traceback.
 """
 
@@ -18,10 +19,11 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from minillm_jax import validation
-from minillm_jax.cli import config_files, preset_file
+from minillm_jax.cli import config_files, model_folder, preset_file
 from minillm_jax.config import LEGACY_NAMES, Configs, ModelConfig
 from minillm_jax.model.cache import CacheOverflowError
 from minillm_jax.text.tokenizer import TokenizerError
+from minillm_jax.weights.errors import CheckpointError
 
 
 class UserError(Exception):
@@ -29,13 +31,18 @@ class UserError(Exception):
 
 
 _PRESETS = ", ".join(Configs.names)
-_USER_ERRORS = (UserError, validation.ConfigError, CacheOverflowError, TokenizerError)
+_USER_ERRORS = (
+    *(UserError, validation.ConfigError, CacheOverflowError),
+    *(TokenizerError, CheckpointError),
+)
 
 
 def run(main: Callable[[Any], None]) -> None:
     """Parses the command line and calls `main` with the config; exits."""
     help_text = f"A config file, or a preset: {_PRESETS}"
     flag = config_flags.DEFINE_config_file("config", None, help_text)
+    model_help = "A Hugging Face folder to take config and weights from."
+    model = flags.DEFINE_string("model", None, model_help)
 
     def checked(argv: Sequence[str]) -> None:
         try:
@@ -43,6 +50,7 @@ def run(main: Callable[[Any], None]) -> None:
                 raise UserError(f"stray arguments: {' '.join(argv[1:])}")
             if flag.value is None:
                 raise UserError(_no_config())
+            _use_folder(flag.value, model.value)
             main(flag.value)
         except _USER_ERRORS as error:
             _exit(str(error))
@@ -84,10 +92,20 @@ def _parse(argv: Sequence[str]) -> list[str]:
         absl.disabled = False
 
 
+def _use_folder(config: Any, given: str | None) -> None:
+    path = config.get("model_path") if hasattr(config, "get") else None
+    if given is not None and path is not None:
+        raise UserError(f"--model={given} and config.model_path={path}: give one")
+    path = path if given is None else given
+    if path is not None:
+        overrides = config_flags.get_override_values(flags.FLAGS["config"])
+        model_folder.put_in(config, path, overrides)
+
+
 def _no_config() -> str:
     if flags.FLAGS["config"].present:
         return "the config file's get_config() returns None; return the config"
-    return f"--config is missing: a file, or one of {_PRESETS}"
+    return f"--config is missing: a file, or one of {_PRESETS}; or give --model=FOLDER"
 
 
 def _resolve_config(argv: list[str]) -> tuple[list[str], str | None]:
@@ -97,6 +115,9 @@ def _resolve_config(argv: list[str]) -> tuple[list[str], str | None]:
             argv[index : index + 2] = [f"--config={argv[index + 1]}"]
             return _resolve_config(argv)
     given = [i for i, a in enumerate(argv) if a.startswith(("--config=", "-config="))]
+    if not given and any(a.split("=")[0] in ("--model", "-model") for a in argv):
+        argv.insert(1, f"--config={Configs.names[0]}")  # for its other sections
+        given = [1]
     if not given:
         return argv, None
     if len(given) > 1:

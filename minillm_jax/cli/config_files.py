@@ -62,10 +62,17 @@ def preset(name: str) -> Any:
     contexts = (128, model.max_seq_len)
     return config_dict.ConfigDict(
         {
-            "model": _section(ModelConfig, model.given()),
+            "model": model_section(model.given()),
+            # A Hugging Face folder, whose config and weights take the section's place.
+            "model_path": config_dict.placeholder(str),
             "decode": _section(DecodeSettings, {"contexts": contexts}),
         }
     )
+
+
+def model_section(given: dict[str, Any]) -> Any:
+    """The `model` section of a ConfigDict, from the fields that are given."""
+    return config_dict.ConfigDict(_section(ModelConfig, given))
 
 
 def model_config(config: Any) -> ModelConfig:

@@ -1,7 +1,7 @@
 """Text from a prompt, streamed to the terminal, or a chat.
 
     python -m minillm_jax.cli.generate --config=small --prompt="Once upon a time"
-    python -m minillm_jax.cli.generate --config=configs/custom.py --chat
+    python -m minillm_jax.cli.generate --model=FOLDER --chat
 
 Every field of SamplingParams is a flag of the same name. The text goes to stdout,
 rates to stderr; with --json one object goes to stdout instead. Ctrl-C ends with what
@@ -9,13 +9,14 @@ there is so far, and exit code 130.
 """
 
 import json
+import pathlib
 import sys
 from typing import Any
 
 import jax
 from absl import flags
 
-from minillm_jax.cli import app, chat, config_files, reply, request
+from minillm_jax.cli import app, chat, config_files, model_folder, reply, request
 from minillm_jax.cli.app import UserError
 from minillm_jax.config import ModelConfig
 from minillm_jax.decoding import generator, requests
@@ -33,7 +34,8 @@ def define_flags() -> None:
     """Defines everything but --config."""
     request.define_flags()
     flags.DEFINE_string(
-        "tokenizer", None, "A tokenizer.json or its folder; else bytes."
+        *("tokenizer", None),
+        "A tokenizer.json or its folder; else that of --model, or bytes.",
     )
     flags.DEFINE_bool("chat", False, "Talk: a line is a message, its answer follows.")
     flags.DEFINE_string("system", None, "The system message of a chat.")
@@ -75,12 +77,18 @@ def check(
         raise UserError(plan.refusal(devices.device_name(device)))
 
 
+def _tokenizer(folder: pathlib.Path | None) -> chat.ChatTokenizer:
+    if FLAGS.tokenizer is not None:
+        return tokenizers.load_tokenizer(FLAGS.tokenizer)
+    if folder is not None and (folder / "tokenizer.json").is_file():
+        return tokenizers.load_tokenizer(folder)
+    return tokenizers.ByteTokenizer()
+
+
 def main(config: Any) -> None:
     """Generates, or chats."""
     sampling = request.sampling_params()
-    tokenizer: chat.ChatTokenizer = tokenizers.ByteTokenizer()
-    if FLAGS.tokenizer is not None:
-        tokenizer = tokenizers.load_tokenizer(FLAGS.tokenizer)
+    tokenizer = _tokenizer(model_folder.folder(config))
     model_config = config_files.model_config(config)
     if not model_config.eos_token_ids:
         if (largest := max(tokenizer.known_ids)) >= model_config.vocab_size:
@@ -100,8 +108,7 @@ def main(config: Any) -> None:
     check(model_config, tokenizer, prompt, sampling)
 
     model = transformer.create_model(model_config)
-    with reply.status("making random weights"):
-        params = jax.block_until_ready(transformer.init_params(model))
+    params = model_folder.params(config, model)
     policy = {"overflow": FLAGS.overflow, "num_sinks": FLAGS.num_sinks}
     made = generator.Generator(model, params, tokenizer, **policy)
     if FLAGS.chat:

@@ -1,6 +1,5 @@
 """One reply on a terminal: streamed as it comes, with its rates afterwards."""
 
-import contextlib
 import dataclasses
 import sys
 import time
@@ -8,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from rich import console
 
+from minillm_jax import progress
 from minillm_jax.decoding.generator import STREAM_STEPS, Generator
 from minillm_jax.decoding.requests import Completion
 from minillm_jax.decoding.sampling import SamplingParams
@@ -19,13 +18,6 @@ from minillm_jax.planning import devices
 # Control characters, which a terminal might obey, become pictures of themselves.
 _PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
 _PICTURES |= {code: 0xFFFD for code in range(0x7F, 0xA0)}
-
-
-def status(text: str) -> contextlib.AbstractContextManager[Any]:
-    """A spinner on stderr, on a terminal only."""
-    if sys.stderr is None or not sys.stderr.isatty():
-        return contextlib.nullcontext()
-    return console.Console(stderr=True).status(text)
 
 
 class Reply:
@@ -59,7 +51,7 @@ class Reply:
         out = None if quiet else sys.stdout
         picture = out is not None and out.isatty()
         try:
-            with status("compiling and reading the prompt"):
+            with progress.spinner("compiling and reading the prompt"):
                 piece = next(self._stream, None)
             self._first = self._clock()
             while piece is not None:
@@ -128,8 +120,11 @@ class Reply:
             f"ended by {reason}",
             f"cache {done.cache.tokens} of {done.cache.capacity}",
         ]
-        if self._stream.prefilled_tokens != done.prompt_tokens:
-            parts[0] += f", {self._stream.prefilled_tokens} of them new"
+        prefilled = self._stream.prefilled_tokens
+        if prefilled < done.prompt_tokens:
+            parts[0] += f", {prefilled} of them new"
+        elif prefilled > done.prompt_tokens:  # some again, for longrope
+            parts[0] += f", {prefilled} prefilled in all"
         if compiling:
             parts[1] += f" ({compiling:.2f} s of compiling in all)"
         return "[" + "; ".join(parts) + "]"

@@ -282,9 +282,11 @@ def _values(config: ModelConfig, family: Family) -> dict[str, Any]:
     values["max_position_embeddings"] = longest
     if "original_max_position_embeddings" in family.keys:
         values["original_max_position_embeddings"] = original
+    usual = {"max_seq_len": longest, "max_kv_cache_len": longest}
+    usual["prefill_chunk"] = min(config.max_seq_len, 512)
     own = {name: getattr(config, name) for name in _OWN_FIELDS}
-    usual = (longest, longest, min(longest, 512))
-    if tuple(own.values()) != usual:
+    own = {name: value for name, value in own.items() if value != usual[name]}
+    if own:
         values[_OWN] = own
     ids = list(config.eos_token_ids)
     return values | {"eos_token_id": ids[0] if len(ids) == 1 else ids or None}

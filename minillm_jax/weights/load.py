@@ -4,6 +4,7 @@ A parameter at a time: what is read of a file is at most the rows that it needs,
 memory only until the parameter is on the device.
 """
 
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -21,6 +22,7 @@ from minillm_jax.weights.errors import CheckpointError
 from minillm_jax.weights.families import Family
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _BUFFER = ".rotary_emb.inv_freq"  # in files of before 2023; computed here
 
 
@@ -75,6 +77,14 @@ def read_config(
         where=file,
     )
     return (config if dtype is None else config.replace(dtype=dtype)), family
+
+
+def stored_dtype(folder: pathlib.Path) -> str:
+    """The dtype that most of a folder's parameters have."""
+    sizes: dict[str, int] = {}
+    for tensor in files.read_headers(folder).values():
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + math.prod(tensor.shape)
+    return _NAMES.get(max(sizes, key=sizes.__getitem__), "float32")
 
 
 def read_params(

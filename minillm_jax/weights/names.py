@@ -103,16 +103,17 @@ def _products(config: ModelConfig, family: Family, prefix: str):
     per_group = (heads, groups + 2, head)
     attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
     q, kv = config.num_heads * head, heads * head
-    qkv = {"q_proj": 0, "k_proj": 0, "v_proj": 0}
+    qkv = [("q_proj", 0), ("k_proj", 0), ("v_proj", 0)]  # tensor, first row
+    gate_up = [("gate_proj", 0), ("up_proj", 0)]
     if family.fused:
-        qkv = {"qkv_proj": 0, "qkv_proj ": q, "qkv_proj  ": q + kv}
+        qkv = [("qkv_proj", 0), ("qkv_proj", q), ("qkv_proj", q + kv)]
+        gate_up = [("gate_up_proj", 0), ("gate_up_proj", ff)]
     places = (slice(0, groups), slice(groups, groups + 1), slice(groups + 1, None))
-    starts = [(name.strip(), start) for name, start in qkv.items()]
 
     def pieces(kind: str, view, columns: tuple[int, ...]) -> tuple[Piece, ...]:
         return tuple(
             Piece(f"{attention}{name}.{kind}", view(place), columns, start)
-            for (name, start), place in zip(starts, places, strict=True)
+            for (name, start), place in zip(qkv, places, strict=True)
         )
 
     def kernel(place: slice):  # [D, K, P, H] -> [K, p, H, D]

@@ -89,7 +89,10 @@ def _write_weights(
         name = files.SINGLE if len(shards) == 1 else name
         tensors = {tensor: _tensor(params, places[tensor]) for tensor in shard}
         with _replaced(folder / name) as file:
+            file.touch()
+            mode = file.stat().st_mode  # which the library would narrow
             safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
+            file.chmod(mode)
         index |= dict.fromkeys(shard, name)
         written.add(name)
     if len(shards) > 1:
