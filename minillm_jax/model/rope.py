@@ -114,7 +114,7 @@ def _dynamic(
     stretch = scaling.factor * share - (scaling.factor - 1.0)
     exponents = (np.arange(0, dim, 2) / (dim - 2)).astype(np.float32)
     slower = jnp.exp(-jnp.log(stretch) * exponents[None, None])
-    return jnp.asarray(plain.astype(np.float32)) * slower, 1.0
+    return jnp.asarray(plain.astype(np.float32))[None, None] * slower, 1.0
 
 
 def _longrope(

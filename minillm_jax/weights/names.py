@@ -44,15 +44,17 @@ def rows(parameter: Parameter, piece: Piece) -> int:
 
 
 def parameters(config: ModelConfig, family: Family) -> Iterator[Parameter]:
-    """Every parameter of a model, in the order of the tree."""
+    """Every parameter of a model."""
     dim, vocab = config.dim_model, config.vocab_size
     yield _whole(("embedding",), (vocab, dim), "model.embed_tokens")
     for layer in range(config.num_layers):
         block, prefix = f"layers_{layer}", f"model.layers.{layer}."
-        for path, shape, name in _norms(config):
-            yield _whole((block, *path), shape, prefix + name)
-        for path, shape, pieces in _products(config, family, prefix):
-            yield Parameter((block, *path), shape, pieces)
+        for parameter in (
+            *_norms(config, prefix),
+            *_attention(config, family.fused, prefix),
+            *_mlp(config, family.fused, prefix),
+        ):
+            yield parameter._replace(path=(block, *parameter.path))
     yield _whole(("final_norm", "scale"), (dim,), "model.norm")
     if not config.tie_embeddings:
         head = Piece("lm_head.weight", _transposed, (dim,))
@@ -78,42 +80,35 @@ def _whole(path: tuple[str, ...], shape: tuple[int, ...], name: str) -> Paramete
     return Parameter(path, shape, (Piece(f"{name}.weight", lambda x: x, shape[1:]),))
 
 
-def _norms(config: ModelConfig):
-    """Path, shape and module of a layer's norms."""
+def _norms(config: ModelConfig, prefix: str) -> Iterator[Parameter]:
     dim, head = (config.dim_model,), (config.head_dim,)
     post = "post_attention_layernorm"
     names = {"attention_norm": "input_layernorm", "mlp_norm": post}
     if config.post_norms:
-        names = {
-            "attention_norm": "input_layernorm",
-            "attention_post_norm": post,
-            "mlp_norm": "pre_feedforward_layernorm",
-            "mlp_post_norm": "post_feedforward_layernorm",
-        }
+        names["mlp_norm"] = "pre_feedforward_layernorm"
+        names["attention_post_norm"] = post
+        names["mlp_post_norm"] = "post_feedforward_layernorm"
     for ours, theirs in names.items():
-        yield (ours, "scale"), dim, theirs
+        yield _whole((ours, "scale"), dim, prefix + theirs)
     for name in ("q_norm", "k_norm") if config.qk_norm else ():
-        yield ("attention", name, "scale"), head, f"self_attn.{name}"
+        path = ("attention", name, "scale")
+        yield _whole(path, head, f"{prefix}self_attn.{name}")
 
 
-def _products(config: ModelConfig, family: Family, prefix: str):
-    """Path, shape and pieces of a layer's kernels and biases."""
-    dim, ff, heads = config.dim_model, config.dim_ff, config.num_kv_heads
-    groups, head = config.queries_per_kv_head, config.head_dim
-    per_group = (heads, groups + 2, head)
-    attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
+def _attention(config: ModelConfig, fused: bool, prefix: str) -> Iterator[Parameter]:
+    """Of one layer, paths from the layer's on."""
+    dim, heads, head = config.dim_model, config.num_kv_heads, config.head_dim
+    groups, prefix = config.queries_per_kv_head, f"{prefix}self_attn."
     q, kv = config.num_heads * head, heads * head
-    qkv = [("q_proj", 0), ("k_proj", 0), ("v_proj", 0)]  # tensor, first row
-    gate_up = [("gate_proj", 0), ("up_proj", 0)]
-    if family.fused:
-        qkv = [("qkv_proj", 0), ("qkv_proj", q), ("qkv_proj", q + kv)]
-        gate_up = [("gate_up_proj", 0), ("gate_up_proj", ff)]
+    sources = [("q_proj", 0), ("k_proj", 0), ("v_proj", 0)]  # tensor, first row
+    if fused:
+        sources = [("qkv_proj", 0), ("qkv_proj", q), ("qkv_proj", q + kv)]
     places = (slice(0, groups), slice(groups, groups + 1), slice(groups + 1, None))
 
     def pieces(kind: str, view, columns: tuple[int, ...]) -> tuple[Piece, ...]:
         return tuple(
-            Piece(f"{attention}{name}.{kind}", view(place), columns, start)
-            for (name, start), place in zip(qkv, places, strict=True)
+            Piece(f"{prefix}{name}.{kind}", view(place), columns, start)
+            for (name, start), place in zip(sources, places, strict=True)
         )
 
     def kernel(place: slice):  # [D, K, P, H] -> [K, p, H, D]
@@ -122,25 +117,24 @@ def _products(config: ModelConfig, family: Family, prefix: str):
     def bias(place: slice):  # [K, P, H] -> [K, p, H]
         return lambda x: x[:, place]
 
-    yield ("attention", "qkv"), (dim, *per_group), pieces("weight", kernel, (dim,))
+    shape = (heads, groups + 2, head)
+    weights = pieces("weight", kernel, (dim,))
+    yield Parameter(("attention", "qkv"), (dim, *shape), weights)
     if config.qkv_bias:
-        yield ("attention", "qkv_bias"), per_group, pieces("bias", bias, ())
+        yield Parameter(("attention", "qkv_bias"), shape, pieces("bias", bias, ()))
+    out = Piece(f"{prefix}o_proj.weight", lambda x: np.moveaxis(x, -1, 0), (q,))
+    yield Parameter(("attention", "out"), (heads, groups, head, dim), (out,))
 
-    out = Piece(f"{attention}o_proj.weight", lambda x: np.moveaxis(x, -1, 0), (q,))
-    yield ("attention", "out"), (heads, groups, head, dim), (out,)
 
-    names = (
-        ("gate_up_proj", "gate_up_proj") if family.fused else ("gate_proj", "up_proj")
-    )
+def _mlp(config: ModelConfig, fused: bool, prefix: str) -> Iterator[Parameter]:
+    dim, ff, prefix = config.dim_model, config.dim_ff, f"{prefix}mlp."
+    sources = [("gate_proj", 0), ("up_proj", 0)]
+    if fused:
+        sources = [("gate_up_proj", 0), ("gate_up_proj", ff)]
     gate, up = [
-        Piece(
-            f"{mlp}{name}.weight",
-            lambda x, i=i: x[:, i].T,
-            (dim,),
-            i * ff if family.fused else 0,
-        )
-        for i, name in enumerate(names)
+        Piece(f"{prefix}{name}.weight", lambda x, i=i: x[:, i].T, (dim,), start)
+        for i, (name, start) in enumerate(sources)
     ]
-    yield ("mlp", "gate_up"), (dim, 2, ff), (gate, up)
-    down = Piece(f"{mlp}down_proj.weight", _transposed, (ff,))
-    yield ("mlp", "down"), (ff, dim), (down,)
+    yield Parameter(("mlp", "gate_up"), (dim, 2, ff), (gate, up))
+    down = Piece(f"{prefix}down_proj.weight", _transposed, (ff,))
+    yield Parameter(("mlp", "down"), (ff, dim), (down,))
