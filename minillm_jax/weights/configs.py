@@ -71,6 +71,8 @@ def read_config(
         )
     if values.get("auto_map"):
         _log.warning("%s: auto_map is ignored: no code from a folder is run", where)
+    if family.section is not None:
+        values = _part(values, family.section, where)
     values = {"model_type": family.model_type, **family.keys, **_given(values, family)}
     problems = _unknown_keys(values, family, ignore_keys)
     fields = _fields(values, family, problems)
@@ -86,6 +88,15 @@ def read_config(
     if problems:
         raise CheckpointError(problems, where)
     return config, family
+
+
+def _part(values: Mapping[str, Any], section: str, where: object) -> dict[str, Any]:
+    """The section of a model's text part, with what stands outside of it."""
+    inner = values.get(section)
+    if not isinstance(inner, Mapping):
+        raise CheckpointError(f"{section} is missing", where)
+    outside = ("eos_token_id", "tie_word_embeddings", _OWN)
+    return dict(inner) | {key: values[key] for key in outside if key in values}
 
 
 def _given(values: Mapping[str, Any], family: Family) -> dict[str, Any]:
@@ -222,7 +233,7 @@ def write_config(config: ModelConfig) -> tuple[dict[str, Any], Family]:
         those that keep it from the nearest.
     """
     nearest: list[str] = []
-    for family in FAMILIES:
+    for family in (family for family in FAMILIES if family.section is None):
         values = _values(config, family)
         try:
             back, _ = read_config(values, values)

@@ -23,6 +23,11 @@ class Family:
     rope_types: tuple[str, ...] = ("linear", "dynamic", "llama3", "yarn", "longrope")
     fused: bool = False  # q, k and v in one tensor, gate and up in another
     divides: bool = False  # transformers asks that the heads divide the model dim
+    # Of a model that is the text part of another: the section of config.json, what its
+    # tensors' names begin with there -> alone, and the other parts' begin with.
+    section: str | None = None
+    prefixes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    others: tuple[str, ...] = ()
 
 
 _ANY = {
@@ -61,6 +66,26 @@ _GEMMA_2 = {
 }
 _GEMMA_FIELDS = {"norm_unit_offset": True}
 
+_GEMMA_3 = Family(
+    architecture="Gemma3ForCausalLM",
+    model_type="gemma3_text",
+    fields={**_GEMMA_FIELDS, "post_norms": True, "qk_norm": True},
+    keys={
+        **_GEMMA_2,
+        "num_attention_heads": 8,
+        "vocab_size": 262208,
+        "max_position_embeddings": 131072,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+        "rope_theta": 1e6,
+        "rope_local_base_freq": 10000.0,
+        "sliding_window_pattern": 6,
+    },
+    windows="some",
+    divides=True,
+)
+
+# In the order in which a config looks for one that can express it.
 FAMILIES = (
     Family(
         architecture="LlamaForCausalLM",
@@ -144,21 +169,16 @@ FAMILIES = (
         windows="some",
         divides=True,
     ),
-    Family(
-        architecture="Gemma3ForCausalLM",
-        model_type="gemma3_text",
-        fields={**_GEMMA_FIELDS, "post_norms": True, "qk_norm": True},
-        keys={
-            **_GEMMA_2,
-            "max_position_embeddings": 131072,
-            "attn_logit_softcapping": None,
-            "final_logit_softcapping": None,
-            "rope_theta": 1e6,
-            "rope_local_base_freq": 10000.0,
-            "sliding_window_pattern": 6,
-        },
-        windows="some",
-        divides=True,
+    _GEMMA_3,
+    dataclasses.replace(
+        _GEMMA_3,
+        architecture="Gemma3ForConditionalGeneration",
+        section="text_config",
+        prefixes={"language_model.": "", "model.language_model.": "model."},
+        others=(
+            *("vision_tower.", "multi_modal_projector."),  # transformers 4
+            *("model.vision_tower.", "model.multi_modal_projector."),  # and 5
+        ),
     ),
 )
 
@@ -214,5 +234,5 @@ def by_name(values: Mapping[str, Any]) -> Family | None:
         if isinstance(names, list) and names[:1] == [family.architecture]:
             return family
         if not names and values.get("model_type") == family.model_type:
-            return family
+            return family  # the first: no family of a part
     return None

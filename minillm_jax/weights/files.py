@@ -23,6 +23,7 @@ class Tensor(NamedTuple):
     """Where a tensor is, and what its file says of it."""
 
     file: pathlib.Path
+    name: str
     dtype: str
     shape: tuple[int, ...]
 
@@ -56,16 +57,16 @@ def read_headers(folder: pathlib.Path) -> dict[str, Tensor]:
     return found
 
 
-def read_rows(name: str, tensor: Tensor, start: int, count: int) -> np.ndarray:
+def read_rows(tensor: Tensor, start: int, count: int) -> np.ndarray:
     """Some rows of a tensor, copied out of its file."""
     try:
         with safetensors.safe_open(tensor.file, framework=_FRAMEWORK) as opened:
             whole = start == 0 and count == tensor.shape[0]
             if whole:
-                return opened.get_tensor(name)
-            return opened.get_slice(name)[start : start + count]
+                return opened.get_tensor(tensor.name)
+            return opened.get_slice(tensor.name)[start : start + count]
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{name}: {error}", tensor.file) from error
+        raise CheckpointError(f"{tensor.name}: {error}", tensor.file) from error
 
 
 def _weight_files(
@@ -108,6 +109,6 @@ def _headers(file: pathlib.Path) -> Iterator[tuple[str, Tensor]]:
             for name in opened.keys():  # noqa: SIM118
                 part = opened.get_slice(name)
                 shape = tuple(part.get_shape())
-                yield name, Tensor(file, part.get_dtype(), shape)
+                yield name, Tensor(file, name, part.get_dtype(), shape)
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"is damaged: {error}", file) from error

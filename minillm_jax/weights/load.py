@@ -95,7 +95,7 @@ def read_params(
     Raises:
       CheckpointError: with everything wrong, before any data is read.
     """
-    found = files.read_headers(folder)
+    found = _of_the_text(files.read_headers(folder), family)
     _check(folder, config, family, found)
     tree: dict[str, Any] = {}
     wanted = list(names.parameters(config, family))
@@ -117,10 +117,26 @@ def _read(
     leaf = np.empty(parameter.shape, dtype)
     for piece in parameter.pieces:
         tensor, count = found[piece.tensor], names.rows(parameter, piece)
-        rows = files.read_rows(piece.tensor, tensor, piece.start, count)
+        rows = files.read_rows(tensor, piece.start, count)
         view = piece.view(leaf)
         view[...] = rows.reshape(view.shape)
     return leaf
+
+
+def _of_the_text(
+    found: dict[str, files.Tensor], family: Family
+) -> dict[str, files.Tensor]:
+    """The tensors under the names of a model that is text alone."""
+    renamed = {}
+    for name, tensor in found.items():
+        if name.startswith(family.others):
+            continue
+        for theirs, ours in family.prefixes.items():
+            if name.startswith(theirs):
+                name = ours + name.removeprefix(theirs)
+                break
+        renamed[name] = tensor
+    return renamed
 
 
 def _check(
@@ -162,7 +178,7 @@ def _is_tied(found: dict[str, files.Tensor]) -> bool:
     for start in range(0, one.shape[0], step):
         count = min(step, one.shape[0] - start)
         pair = [
-            files.read_rows(name, found[name], start, count).tobytes()
+            files.read_rows(found[name], start, count).tobytes()
             for name in (_EMBEDDING, _HEAD)
         ]
         if pair[0] != pair[1]:
