@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from minillm_jax import progress
-from minillm_jax.config import FLOAT_DTYPES, ConfigError, ModelConfig
+from minillm_jax.config import ModelConfig
 from minillm_jax.model.transformer import MiniLLM, create_model
 from minillm_jax.text.tokenizer import FileTokenizer, load_tokenizer
 from minillm_jax.weights import configs, files, hub, names
@@ -65,8 +65,6 @@ def read_config(
     folder: pathlib.Path, dtype: str | None = None, *, ignore_keys: Sequence[str] = ()
 ) -> tuple[ModelConfig, Family]:
     """The config of a folder, its dtypes "auto" where `dtype` is None."""
-    if dtype is not None and dtype not in ("auto", *FLOAT_DTYPES):
-        raise ConfigError(f"dtype={dtype!r}: must be one of {', '.join(FLOAT_DTYPES)}")
     file = folder / "config.json"
     if not file.is_file():
         raise CheckpointError("has no config.json: not a model's folder", folder)
