@@ -164,6 +164,11 @@ class FileTokenizer:
             reason = str(error) or type(error).__name__
             raise TokenizerError(f"chat template: {reason}") from error
 
+    @property
+    def has_files(self) -> bool:
+        """Whether it was read from files, which `save` copies."""
+        return bool(self._files)
+
     def save(self, folder: str | pathlib.Path) -> None:
         """Copies the files that it was read from into a folder, unchanged.
 

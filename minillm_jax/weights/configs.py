@@ -144,7 +144,8 @@ def _fields(
     known = _ACTIVATIONS
     if family.model_type == "gemma":  # whose first configs meant the approximation
         known = {**known, "gelu": "gelu_tanh"}
-    fields["activation"] = known.get(values[key], values[key])
+    name = values[key]
+    fields["activation"] = known.get(name, name) if isinstance(name, str) else name
     if family.fields.get("norm_unit_offset") and _is_size(values.get("hidden_size")):
         fields["embedding_scale"] = math.sqrt(values["hidden_size"])
     fields |= _windows(values, family, problems)

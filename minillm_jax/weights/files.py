@@ -3,6 +3,7 @@
 Only safetensors: the older .bin files are pickles, programs that loading would run.
 """
 
+import os
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -85,8 +86,8 @@ def _weight_files(
     for name in sorted(names):
         if pathlib.PurePath(name).name != name or not name.endswith(".safetensors"):
             wrong.append(f"{name!r} is not the name of a .safetensors file in it")
-        elif not (folder / name).is_file():
-            wrong.append(f"{name} is not there")
+        elif not os.path.isfile(folder / name):  # False, too, of a name too long
+            wrong.append(f"{name!r} is not there")
     if wrong:
         raise CheckpointError(wrong, folder / INDEX)
     files = [folder / name for name in sorted(names)]

@@ -1,13 +1,14 @@
 """A model's folder: one that is there, or one that huggingface_hub downloads."""
 
+import os
 import pathlib
 import re
 
 from minillm_jax.weights.errors import CheckpointError
 
-_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _FILES = [
-    *("config.json", "generation_config.json", "*.safetensors"),
+    *("config.json", "generation_config.json", "model*.safetensors"),
     *("model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json"),
     *("special_tokens_map.json", "chat_template.jinja", "added_tokens.json"),
 ]
@@ -20,7 +21,7 @@ def folder(path: str | pathlib.Path) -> pathlib.Path:
       CheckpointError: where there is none, and none to be had.
     """
     found = pathlib.Path(path)
-    if found.is_dir():
+    if os.path.isdir(found):  # False, too, of a name that is too long
         return found
     if isinstance(path, pathlib.Path) or not _NAME.fullmatch(path):
         raise CheckpointError("is not a folder", path)

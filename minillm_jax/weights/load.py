@@ -1,7 +1,7 @@
 """Reads a Hugging Face folder: its config, its tokenizer, its weights.
 
-A parameter at a time: what is read of a file is at most the rows that it needs, in host
-memory only until the parameter is on the device.
+A parameter at a time is in host memory, until it is on the device, and a block of what
+is read of a file.
 """
 
 import math
@@ -21,6 +21,7 @@ from minillm_jax.weights import configs, files, hub, names
 from minillm_jax.weights.errors import CheckpointError
 from minillm_jax.weights.families import Family
 
+BLOCK = 2**22  # elements that are read of a file at a time
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _BUFFER = ".rotary_emb.inv_freq"  # in files of before 2023; computed here
@@ -112,12 +113,17 @@ def read_params(
 def _read(
     parameter: names.Parameter, found: dict[str, files.Tensor], dtype: np.dtype
 ) -> np.ndarray:
+    """A parameter in host memory; what is read of a file comes in blocks."""
     leaf = np.empty(parameter.shape, dtype)
     for piece in parameter.pieces:
-        tensor, count = found[piece.tensor], names.rows(parameter, piece)
-        rows = files.read_rows(tensor, piece.start, count)
-        view = piece.view(leaf)
-        view[...] = rows.reshape(view.shape)
+        tensor, view = found[piece.tensor], piece.view(leaf)
+        rows = names.rows(parameter, piece) // len(view)  # of one index of the view
+        step = max(1, BLOCK // (rows * math.prod(piece.columns)))
+        for first in range(0, len(view), step):
+            part = view[first : first + step]
+            start = piece.start + first * rows
+            block = files.read_rows(tensor, start, len(part) * rows)
+            part[...] = block.reshape(part.shape)
     return leaf
 
 
@@ -172,7 +178,7 @@ def _is_tied(found: dict[str, files.Tensor]) -> bool:
     one, other = found[_EMBEDDING], found[_HEAD]
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
-    step = max(1, 2**24 // max(1, one.shape[1]))  # elements at a time
+    step = max(1, BLOCK // max(1, one.shape[1]))
     for start in range(0, one.shape[0], step):
         count = min(step, one.shape[0] - start)
         pair = [

@@ -1,24 +1,25 @@
 """Writes a Hugging Face folder that transformers loads.
 
-The weights first, a tensor at a time, and config.json last: each file under another
-name until it is whole.
+Everything is written beside what is there, which it replaces when it is whole.
 """
 
 import contextlib
 import json
 import math
-import os
 import pathlib
 import re
+import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 import safetensors.numpy
 
-from minillm_jax.config import ConfigError
+from minillm_jax.config import FLOAT_DTYPES, ConfigError
 from minillm_jax.model import transformer
 from minillm_jax.model.transformer import MiniLLM
+from minillm_jax.text import tokenizer as tokenizer_files
 from minillm_jax.weights import configs, files, names
 from minillm_jax.weights.families import Family
 
@@ -35,7 +36,8 @@ def save_pretrained(
 ) -> None:
     """Writes config, weights and tokenizer; a model that is there already is replaced.
 
-    Host memory holds a file's tensors at a time.
+    Host memory holds a file's tensors at a time. What is interrupted leaves the model
+    that was there, or a folder without config.json, never a mixture.
 
     Args:
       path: the folder; made where it is not there.
@@ -49,24 +51,27 @@ def save_pretrained(
         transformers can express, params of another model, or a tokenizer without files.
     """
     transformer.check_params(model, params)
+    strange = {np.dtype(leaf.dtype).name for leaf in jax.tree.leaves(params)}
+    if not strange <= {*FLOAT_DTYPES, "float64"}:
+        raise ConfigError(f"params: of dtype {', '.join(sorted(strange))}; floats only")
     values, family = configs.write_config(model.config)
-    if tokenizer is not None and not hasattr(tokenizer, "save"):
+    if tokenizer is not None and not getattr(tokenizer, "has_files", False):
         raise ConfigError("tokenizer: only one that was read from files can be saved")
-    folder = pathlib.Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    written = _write_weights(folder, model, params, family, shard_bytes)
-    for stale in folder.glob("model*.safetensors*"):
-        if stale.name not in written and _OURS.fullmatch(stale.name):
-            stale.unlink()
-    if tokenizer is not None:
-        tokenizer.save(folder)
     dtype = np.dtype(params["embedding"].dtype).name
     ids = values["eos_token_id"]
-    _write_json(folder / "generation_config.json", {"eos_token_id": ids})
-    _write_json(folder / "config.json", values | {"torch_dtype": dtype})
+    folder = pathlib.Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _staged(folder) as new:
+        _write_weights(new, model, params, family, shard_bytes)
+        if tokenizer is not None:
+            tokenizer.save(new)
+        _write_json(new / "generation_config.json", {"eos_token_id": ids})
+        _write_json(new / _LAST, values | {"torch_dtype": dtype})
 
 
-_OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+_LAST = "config.json"
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+_TOKENIZER = ("tokenizer.json", *tokenizer_files.BESIDE)
 
 
 def _write_weights(
@@ -75,31 +80,28 @@ def _write_weights(
     params: Mapping[str, Any],
     family: Family,
     shard_bytes: int,
-) -> set[str]:
-    """Writes one file, or several and their index; returns their names."""
+) -> None:
+    """Writes one file, or several and their index."""
     places = _places(model, family)
     sizes = {
         name: math.prod(shape) * _leaf(params, places[name][0]).dtype.itemsize
         for name, shape in names.tensors(model.config, family).items()
     }
     shards = _shards(sizes, shard_bytes)
-    index, written = {}, set()
+    index = {}
     for number, shard in enumerate(shards, 1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
         name = files.SINGLE if len(shards) == 1 else name
         tensors = {tensor: _tensor(params, places[tensor]) for tensor in shard}
-        with _replaced(folder / name) as file:
-            file.touch()
-            mode = file.stat().st_mode  # which the library would narrow
-            safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
-            file.chmod(mode)
+        file = folder / name
+        file.touch()
+        mode = file.stat().st_mode  # which the library would narrow
+        safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
+        file.chmod(mode)
         index |= dict.fromkeys(shard, name)
-        written.add(name)
     if len(shards) > 1:
         total = {"total_size": sum(sizes.values())}
         _write_json(folder / files.INDEX, {"metadata": total, "weight_map": index})
-        written.add(files.INDEX)
-    return written
 
 
 def _places(model: MiniLLM, family: Family) -> dict[str, list[Any]]:
@@ -141,16 +143,22 @@ def _tensor(params: Mapping[str, Any], places: list[Any]) -> np.ndarray:
 
 
 def _write_json(file: pathlib.Path, values: Mapping[str, Any]) -> None:
-    with _replaced(file) as temporary:
-        temporary.write_text(json.dumps(values, indent=2) + "\n")
+    file.write_text(json.dumps(values, indent=2) + "\n")
 
 
 @contextlib.contextmanager
-def _replaced(file: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Another name to write to; what is written becomes the file when it is whole."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        yield temporary
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _staged(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Another folder to write to; what is in it takes its place when it is whole.
+
+    While files are replaced there is no config.json: what is interrupted there is no
+    model's folder, and never one of two models.
+    """
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
+        new = pathlib.Path(temporary)
+        yield new
+        (folder / _LAST).unlink(missing_ok=True)
+        for file in folder.iterdir():  # of the model that was there
+            if _WEIGHTS.fullmatch(file.name) or file.name in _TOKENIZER:
+                file.unlink()
+        for file in sorted(new.iterdir(), key=lambda file: file.name == _LAST):
+            file.replace(folder / file.name)
