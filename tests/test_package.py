@@ -30,6 +30,7 @@ LAYERS = (
     ("decoding.stream",),
     ("decoding.generator",),
     ("weights.errors", "weights.families", "weights.rope_parameters"),
+    ("weights.windows",),
     ("weights.configs", "weights.names", "weights.files", "weights.hub"),
     ("weights",),
     ("planning",),

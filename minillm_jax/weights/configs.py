@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from minillm_jax import validation
-from minillm_jax.config import MAX_LAYERS, MAX_POSITIONS, ConfigError, ModelConfig
-from minillm_jax.weights import families, rope_parameters
+from minillm_jax.config import MAX_POSITIONS, ConfigError, ModelConfig
+from minillm_jax.weights import families, rope_parameters, windows
 from minillm_jax.weights.errors import CheckpointError
 from minillm_jax.weights.families import FAMILIES, Family
 
@@ -69,6 +69,12 @@ def read_config(
         raise CheckpointError(
             f"architecture {validation.shown(name)} is not known; known: {known}", where
         )
+    kind = values.get("model_type")
+    if kind != family.model_type and kind in [f.model_type for f in FAMILIES]:
+        raise CheckpointError(
+            f"architectures={family.architecture} and model_type={kind} contradict",
+            where,
+        )
     if values.get("auto_map"):
         _log.warning("%s: auto_map is ignored: no code from a folder is run", where)
     if family.section is not None:
@@ -78,7 +84,7 @@ def read_config(
     fields = _fields(values, family, problems)
     ids = generation.get("eos_token_id")
     ids = values.get("eos_token_id") if ids is None else ids
-    fields["eos_token_ids"] = () if ids is None else ids
+    fields["eos_token_ids"] = _in_vocabulary(ids, values.get("vocab_size"), where)
     try:
         config = ModelConfig(**fields)
     except ConfigError as error:
@@ -88,6 +94,16 @@ def read_config(
     if problems:
         raise CheckpointError(problems, where)
     return config, family
+
+
+def _in_vocabulary(ids: Any, vocab_size: Any, where: object) -> Any:
+    """EOS ids without those that no model of this vocabulary can sample."""
+    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    numbers = all(isinstance(i, int) for i in (*ids, vocab_size))
+    kept = [i for i in ids if 0 <= i < vocab_size] if numbers else ids
+    if kept != ids:
+        _log.warning("%s: eos_token_id=%s is not in the vocabulary", where, ids)
+    return kept
 
 
 def _part(values: Mapping[str, Any], section: str, where: object) -> dict[str, Any]:
@@ -101,7 +117,10 @@ def _part(values: Mapping[str, Any], section: str, where: object) -> dict[str, A
 
 def _given(values: Mapping[str, Any], family: Family) -> dict[str, Any]:
     """What config.json says; null where the family has a number is as if not there."""
-    numbers = ("rope_theta", "max_position_embeddings", "rms_norm_eps")
+    numbers = (
+        *("rope_theta", "max_position_embeddings", "rms_norm_eps", "hidden_act"),
+        *("hidden_activation", "tie_word_embeddings", "query_pre_attn_scalar"),
+    )
     return {
         key: value
         for key, value in values.items()
@@ -114,11 +133,12 @@ def _unknown_keys(
 ) -> list[str]:
     read = {*_SIZES, *family.keys, *rope_parameters.KEYS, _OWN, *ignore_keys}
     if family.model_type in ("gemma", "gemma2", "gemma3_text"):
-        read |= {"hidden_act", "hidden_activation", "sliding_window_pattern"}
+        read |= {"hidden_act", "hidden_activation"}
     problems = []
     for key, value in values.items():
         known = key in read or key in families.HARMLESS or key.startswith("_")
-        if known or value in families.NEUTRAL.get(key, ()):
+        copy = key == "sliding_window_size" and value == values.get("sliding_window")
+        if known or copy or value in families.NEUTRAL.get(key, ()):
             continue
         off = value is None or (value is False and key not in families.NOT_FALSE)
         if off or value in ([], {}):
@@ -145,11 +165,13 @@ def _fields(
     if family.model_type == "gemma":  # whose first configs meant the approximation
         known = {**known, "gelu": "gelu_tanh"}
     name = values[key]
-    fields["activation"] = known.get(name, name) if isinstance(name, str) else name
+    fields["activation"] = known.get(name, name) if isinstance(name, str) else str(name)
     if family.fields.get("norm_unit_offset") and _is_size(values.get("hidden_size")):
         fields["embedding_scale"] = math.sqrt(values["hidden_size"])
-    fields |= _windows(values, family, problems)
+    fields |= windows.read(values, family, problems)
     turns = rope_parameters.read(values, problems)
+    if "local_rope_theta" in turns and "rope_local_base_freq" not in family.keys:
+        problems.append(f"rope_local_base_freq: {family.architecture} has none")
     part = turns.pop("partial_rotary_factor", None)
     fields |= turns
     scaling = turns.get("rope_scaling")
@@ -159,7 +181,7 @@ def _fields(
         )
     if part is not None and part != 1.0:
         head = values.get("head_dim") or _quotient(values)
-        number = isinstance(part, float) and _is_size(head)
+        number = isinstance(part, float) and 0.0 < part < 1.0 and _is_size(head)
         fields["rotary_dim"] = int((head or 0) * part) if number else part
         if family.model_type != "phi3":
             problems.append(f"partial_rotary_factor={part}: only known for Phi-3")
@@ -183,47 +205,6 @@ def _lengths(values: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
         problems.append(f"{_OWN}={validation.shown(own)}: may have {_OWN_FIELDS}")
         return fields
     return fields | dict(own)
-
-
-def _windows(
-    values: Mapping[str, Any], family: Family, problems: list[str]
-) -> dict[str, Any]:
-    """`sliding_window` and `global_layers`."""
-    window, count = values.get("sliding_window"), values.get("num_hidden_layers")
-    if family.windows == "none" or window is None:
-        return {}
-    if not isinstance(count, int) or not 0 < count <= MAX_LAYERS:
-        return {}
-    if family.windows == "all":
-        return {"sliding_window": window}
-    if "use_sliding_window" in family.keys and not values["use_sliding_window"]:
-        return {}
-    types = _layer_types(values, family, count, problems)
-    global_layers = [i for i, name in enumerate(types) if name == "full_attention"]
-    if len(global_layers) == len(types):
-        return {}
-    return {"sliding_window": window, "global_layers": global_layers}
-
-
-def _layer_types(
-    values: Mapping[str, Any], family: Family, count: int, problems: list[str]
-) -> list[str]:
-    """Each layer's, as listed, or by the rule of the family's older files."""
-    both = ("full_attention", "sliding_attention")
-    listed = values.get("layer_types")
-    if listed is not None:
-        if isinstance(listed, list) and len(listed) == count and {*listed} <= {*both}:
-            return listed
-        problems.append(f"layer_types: must be {count} of {' or '.join(both)}")
-        return []
-    if "max_window_layers" in family.keys:
-        first = values["max_window_layers"]
-        return [both[_is_size(first + 1) and i >= first] for i in range(count)]
-    pattern = values.get("sliding_window_pattern", count + 1)
-    if not _is_size(pattern):
-        problems.append(f"sliding_window_pattern={pattern!r}: must be a number")
-        return []
-    return [both[(i + 1) % pattern != 0] for i in range(count)]
 
 
 def write_config(config: ModelConfig) -> tuple[dict[str, Any], Family]:
@@ -274,17 +255,11 @@ def _values(config: ModelConfig, family: Family) -> dict[str, Any]:
     for key in ("hidden_act", "hidden_activation"):
         if key in family.keys:
             values[key] = acts[config.activation]
+    if "query_pre_attn_scalar" in family.keys:  # whose class takes whole numbers only
+        values["query_pre_attn_scalar"] = int(config.query_pre_attn_scalar)
+    values["pad_token_id"] = None  # or a class may take one outside the vocabulary
     values |= rope_parameters.write(config)
-    if "sliding_window" in family.keys:
-        values["sliding_window"] = config.sliding_window
-    if "use_sliding_window" in family.keys:
-        values["use_sliding_window"] = config.sliding_window is not None
-    if "layer_types" in family.keys:
-        windows = [config.window(layer) for layer in range(config.num_layers)]
-        names = [
-            "full_attention" if w is None else "sliding_attention" for w in windows
-        ]
-        values["layer_types"] = names
+    values |= windows.write(config, family)
     scaling, longest = config.rope_scaling, config.max_seq_len
     original = longest
     if scaling is not None and scaling.original_max_position_embeddings is not None:

@@ -38,12 +38,14 @@ _ANY = {
     "tie_word_embeddings": False,
     "max_position_embeddings": 32768,
     "rope_theta": 10000.0,
+    "eos_token_id": 2,
 }
 _WINDOWS = {
     "sliding_window": 4096,
     "use_sliding_window": False,
     "max_window_layers": 28,
     "layer_types": None,
+    "eos_token_id": None,
 }
 _GEMMA = {
     **_ANY,
@@ -52,6 +54,7 @@ _GEMMA = {
     "hidden_act": "gelu_pytorch_tanh",
     "tie_word_embeddings": True,
     "max_position_embeddings": 8192,
+    "eos_token_id": 1,
 }
 _GEMMA_2 = {
     **{key: value for key, value in _GEMMA.items() if key != "hidden_act"},
@@ -59,7 +62,6 @@ _GEMMA_2 = {
     "hidden_activation": "gelu_pytorch_tanh",
     "query_pre_attn_scalar": 256,
     "sliding_window": 4096,
-    "sliding_window_pattern": 2,
     "layer_types": None,
     "attn_logit_softcapping": 50.0,
     "final_logit_softcapping": 30.0,
@@ -124,6 +126,7 @@ FAMILIES = (
         keys={
             **_ANY,
             "rms_norm_eps": 1e-5,
+            "eos_token_id": 32000,
             "sliding_window": None,
             "max_position_embeddings": 4096,
             "original_max_position_embeddings": 4096,

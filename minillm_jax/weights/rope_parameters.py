@@ -52,13 +52,21 @@ def read(values: Mapping[str, Any], problems: _Problems) -> dict[str, Any]:
         return {}
     local = values.get("rope_local_base_freq")
     if "full_attention" in given or "sliding_attention" in given:
-        sliding = given.get("sliding_attention") or {}
+        parts = [
+            given.get(key) or {} for key in ("full_attention", "sliding_attention")
+        ]
+        if not all(isinstance(part, Mapping) for part in parts):
+            problems.append(f"{name}={dict(given)!r}: must hold objects")
+            return {}
+        sliding = parts[1]
         if set(given) - {"full_attention", "sliding_attention"} or _type(sliding):
             problems.append(
                 f"{name}: only the layers of full attention can have a scaling"
             )
         local = sliding.get("rope_theta", local)
-        given = given.get("full_attention") or {}
+        given = parts[0]
+    elif local is not None and given and name == "rope_parameters":
+        problems.append(f"{name}: must be by full_attention and sliding_attention")
     fields = {
         "rope_theta": given.get("rope_theta", values["rope_theta"]),
         "rope_scaling": _scaling(values, given, name, problems),
@@ -107,7 +115,7 @@ def _scaling(
         if all(scales):
             grown = [0.1 * s * math.log(fields["factor"]) + 1.0 for s in scales if s]
             fields.setdefault("attention_factor", grown[0] / grown[1])
-    except (TypeError, ValueError, ZeroDivisionError):
+    except (TypeError, ValueError, ArithmeticError):
         problems.append(f"{name}: {dict(given)!r} must hold numbers")
     return fields | {"rope_type": kind}
 
