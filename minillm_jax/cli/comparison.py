@@ -1,7 +1,6 @@
 """A folder beside the model that is said to be in it: bits, logits, tokens."""
 
 import dataclasses
-import importlib
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -44,7 +43,8 @@ def lines(
     yield Line("read again: every parameter is the same, bit for bit", bits)
     del back
     try:
-        torch, transformers = _optional("torch"), _optional("transformers")
+        import torch  # pyright: ignore[reportMissingImports]
+        import transformers  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         yield Line(f"transformers' logits and tokens: {error}", None)
         return
@@ -66,17 +66,13 @@ def lines(
     yield _greedy(ours, params, theirs)
 
 
-def _optional(name: str) -> Any:
-    """A module of the extra `parity`, or ImportError."""
-    return importlib.import_module(name)
-
-
 def _bits(x: jax.Array) -> np.ndarray:
     return np.asarray(x).view(f"V{x.dtype.itemsize}")
 
 
 def _logits(ours: MiniLLM, params: Any, theirs: Any, tokens: np.ndarray) -> Line:
-    torch = _optional("torch")
+    import torch  # pyright: ignore[reportMissingImports]
+
     mine = np.asarray(jax.jit(ours.apply)({"params": params}, tokens))
     with torch.no_grad():
         other = theirs(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
@@ -89,7 +85,8 @@ def _logits(ours: MiniLLM, params: Any, theirs: Any, tokens: np.ndarray) -> Line
 
 
 def _greedy(ours: MiniLLM, params: Any, theirs: Any) -> Line:
-    torch = _optional("torch")
+    import torch  # pyright: ignore[reportMissingImports]
+
     prompt = np.arange(1, 9) % ours.config.vocab_size
     new = max(1, min(NEW_TOKENS, ours.config.max_kv_cache_len - len(prompt)))
     made = generator.Generator(ours, params)
