@@ -81,16 +81,21 @@ def contradictions(v: dict[str, Any], derived: frozenset[str]) -> list[str]:
 def _rotary_contradictions(v: dict[str, Any], derived: frozenset[str]) -> list[str]:
     problems, dim, scaling = [], v.get("rotary_dim"), v.get("rope_scaling")
     name = "head_dim" if "rotary_dim" in derived else "rotary_dim"
+    widest = v.get("head_dim", 0) // 2 * 2 if name == "rotary_dim" else 0
     if dim is not None and dim % 2:
+        even = min(dim + 1, widest or dim + 1)
         problems.append(
-            f"{name}={dim}: must be even, for RoPE turns pairs; write {dim + 1}"
+            f"{name}={dim}: must be even, for RoPE turns pairs; write {even}"
         )
     elif dim is not None and dim > v.get("head_dim", dim):
         problems.append(
-            f"rotary_dim={dim}: must be at most head_dim={v['head_dim']}; write that"
+            f"rotary_dim={dim}: must be at most head_dim={v['head_dim']}; write "
+            f"{widest}"
         )
     elif dim is not None and scaling is not None:
         problems += _scaling_contradictions(scaling, dim)
+        if scaling.rope_type == "yarn" and v.get("rope_theta") == 1.0:
+            problems.append("rope_scaling: yarn needs a rope_theta above 1")
     return problems
 
 
@@ -111,8 +116,9 @@ def _layer_contradictions(v: dict[str, Any]) -> list[str]:
 
 
 def _scaling_contradictions(scaling: RopeScaling, dim: int) -> list[str]:
-    if scaling.rope_type == "dynamic" and dim == 2:
-        return ["rope_scaling: dynamic needs a rotary_dim of more than 2"]
+    kind = scaling.rope_type
+    if kind in ("dynamic", "yarn") and dim == 2:
+        return [f"rope_scaling: {kind} needs a rotary_dim of more than 2"]
     return [
         f"rope_scaling: {name} must be {dim // 2} numbers, one for each pair of "
         f"rotary_dim={dim}, not {len(getattr(scaling, name))}"

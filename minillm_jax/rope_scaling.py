@@ -35,8 +35,8 @@ def _contradictions(v: dict[str, Any], _: frozenset[str]) -> list[str]:
         if kind in needed and name in v and not v[name]:
             problems.append(f"{name}: missing, and rope_type={kind!r} needs it")
     for name in ("short_factor", "long_factor"):
-        if not all(factor > 0 for factor in v.get(name, ())):
-            problems.append(f"{name}: must be positive numbers")
+        wrong = [_Factor.problem(factor) for factor in v.get(name, ())]
+        problems += [f"{name}: each {problem}" for problem in wrong if problem][:1]
     return problems
 
 

@@ -31,11 +31,41 @@ FIELDS = [field.name for field in dataclasses.fields(mj.ModelConfig)]
 INT_FIELDS = (
     *("max_seq_len", "max_kv_cache_len", "dim_model", "num_heads", "vocab_size"),
     *("num_layers", "num_kv_heads", "head_dim", "dim_ff", "sliding_window"),
-    "prefill_chunk",
+    *("prefill_chunk", "rotary_dim"),
 )
-BOOL_FIELDS = ("tie_embeddings", "qkv_bias", "qk_norm")
+FLOAT_FIELDS = (
+    *("rope_theta", "local_rope_theta", "norm_eps", "query_pre_attn_scalar"),
+    *("attention_softcap", "embedding_scale", "logits_softcap"),
+)
+BOOL_FIELDS = (
+    *("tie_embeddings", "qkv_bias", "qk_norm", "norm_unit_offset", "post_norms"),
+)
 DTYPE_FIELDS = ("dtype", "param_dtype", "cache_dtype")
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0}
+PAIRS = 32  # of BASE
+TRAINED = {"factor": 4.0, "original_max_position_embeddings": 256}
+DYNAMIC = TRAINED | {"rope_type": "dynamic"}
+YARN = TRAINED | {"rope_type": "yarn", "attention_factor": 1.2, "truncate": False}
+LONGROPE = TRAINED | {
+    "rope_type": "longrope",
+    "short_factor": [1.0] * PAIRS,
+    "long_factor": [1 + i / 8 for i in range(PAIRS)],
+}
+GEMMA = {
+    "activation": "gelu_tanh",
+    "sliding_window": 512,
+    "global_layers": [2, 5],
+    "local_rope_theta": 10000.0,
+    "rope_theta": 1e6,
+    "qk_norm": True,
+    "query_pre_attn_scalar": 128.0,
+    "attention_softcap": 50.0,
+    "logits_softcap": 30.0,
+    "norm_unit_offset": True,
+    "post_norms": True,
+    "embedding_scale": 512**0.5,
+    "tie_embeddings": True,
+}
 HUGE = 10**5000  # too long for Python to print
 
 # A value other than BASE's for every field that has a legacy name.
@@ -56,8 +86,9 @@ OTHER_VALUES = {
 
 
 def test_every_field_is_of_a_kind_tried_here():
-    others = {"rope_scaling", "eos_token_ids", "rope_theta", "norm_eps"}
-    assert {*INT_FIELDS, *BOOL_FIELDS, *DTYPE_FIELDS, *others} == set(FIELDS)
+    numbers = {*INT_FIELDS, *FLOAT_FIELDS}
+    others = {"rope_scaling", "eos_token_ids", "global_layers", "activation"}
+    assert {*numbers, *BOOL_FIELDS, *DTYPE_FIELDS, *others} == set(FIELDS)
 
 
 def short(value):
@@ -152,6 +183,32 @@ def test_replace_keeps_what_was_given():
     assert changed.replace(head_dim=None).head_dim == 32
 
 
+def test_what_rotates_and_what_scales_scores_follow_head_dim():
+    config = mj.ModelConfig(**BASE, head_dim=32)
+    assert (config.rotary_dim, config.query_pre_attn_scalar) == (32, 32.0)
+    wider = config.replace(head_dim=64)
+    assert (wider.rotary_dim, wider.query_pre_attn_scalar) == (64, 64.0)
+    fewer = config.replace(head_dim=None, num_heads=4)
+    assert (fewer.rotary_dim, fewer.query_pre_attn_scalar) == (128, 128.0)
+    given = config.replace(rotary_dim=8, query_pre_attn_scalar=3).replace(head_dim=64)
+    assert (given.rotary_dim, given.query_pre_attn_scalar) == (8, 3.0)
+    assert given.replace(rotary_dim=None).rotary_dim == 64
+
+
+def test_a_head_of_odd_width_may_turn_a_part():
+    config = mj.ModelConfig(**BASE, head_dim=33, rotary_dim=32)
+    assert (config.head_dim, config.rotary_dim) == (33, 32)
+
+
+def test_layers_without_the_window_see_everything():
+    config = mj.ModelConfig(**BASE, num_layers=4, **GEMMA | {"global_layers": [0, 2]})
+    assert [config.window(layer) for layer in range(4)] == [None, 512, None, 512]
+    every = config.replace(global_layers=[0, 1, 2, 3])
+    assert [every.window(layer) for layer in range(4)] == [None] * 4
+    none = config.replace(sliding_window=None, global_layers=())
+    assert [none.window(layer) for layer in range(4)] == [None] * 4
+
+
 def test_replace_validates_again():
     with pytest.raises(mj.ConfigError, match="num_kv_heads=3"):
         mj.Configs.small().replace(num_kv_heads=3)
@@ -193,8 +250,10 @@ def test_config_takes_keywords_only():
         mj.Configs.small(),
         mj.Configs.xlarge().replace(num_kv_heads=8, sliding_window=4096, qk_norm=True),
         mj.Configs.medium().replace(rope_scaling=LLAMA3, eos_token_ids=(1, 2)),
+        mj.Configs.small().replace(**GEMMA, rope_scaling=YARN, rotary_dim=32),
+        mj.Configs.small().replace(rope_scaling=LONGROPE),
     ],
-    ids=["small", "xlarge_gqa_window", "medium_llama3"],
+    ids=["small", "xlarge_gqa_window", "medium_llama3", "gemma_yarn", "longrope"],
 )
 def test_dict_and_json_round_trip(config):
     values = config.to_dict()
@@ -203,6 +262,7 @@ def test_dict_and_json_round_trip(config):
     assert mj.ModelConfig.from_dict(values) == config
     assert mj.ModelConfig.from_dict(json.loads(json.dumps(values))) == config
     assert mj.ModelConfig(**values) == config
+    assert hash(mj.ModelConfig(**values)) == hash(config)
 
 
 def test_copies_are_equal_and_still_derive():
@@ -264,13 +324,17 @@ def test_numpy_numbers_become_plain_ones():
         rope_theta=500000,
         qkv_bias=np.bool_(True),
         eos_token_ids=np.array([1, 2]),
+        sliding_window=8,
+        global_layers=np.array([1, 2]),
+        rope_scaling=LONGROPE | {"long_factor": np.full(PAIRS, 2, np.float32)},
     )
     assert type(config.dim_model) is int
     assert type(config.num_heads) is int
     assert type(config.norm_eps) is float
     assert type(config.rope_theta) is float
     assert config.qkv_bias is True
-    assert config.eos_token_ids == (1, 2)
+    assert config.eos_token_ids == config.global_layers == (1, 2)
+    assert config.rope_scaling.long_factor == (2.0,) * PAIRS
     json.dumps(config.to_dict())
 
 
@@ -402,21 +466,26 @@ def test_all_problems_are_in_one_error():
         num_kv_heads=3,
         norm_eps=float("nan"),
         tie_embeddings="yes",
-        rope_scaling={"rope_type": "yarn", "factor": 0.5},
+        rope_scaling={"rope_type": "yarn", "factor": 0.5, "beta_fast": 0.5},
         dtype="float8",
         prefill_chunk=4096,
+        rotary_dim=33,
+        global_layers=(2**24,),
+        activation="relu",
+        logits_softcap=0,
     )
     fields = [re.split("[:=]", problem)[0] for problem in problems]
     assert sorted(fields) == sorted(
         [
             *("dim_modle", "dim_model", "vocab_size", "num_layers", "norm_eps"),
             *("tie_embeddings", "rope_scaling", "dtype", "max_kv_cache_len"),
-            *("num_kv_heads", "prefill_chunk"),
+            *("num_kv_heads", "prefill_chunk", "rotary_dim", "global_layers"),
+            *("activation", "logits_softcap"),
         ]
     )
     (scaling,) = [p for p in problems if p.startswith("rope_scaling")]
-    assert "rope_type='yarn'" in scaling
-    assert "factor=0.5" in scaling
+    for said in ("rope_type='yarn' needs it", "factor=0.5", "below beta_fast=0.5"):
+        assert said in scaling
 
 
 def test_the_message_is_all_problems():
@@ -444,7 +513,7 @@ def test_number_out_of_range_is_named_with_value_bounds_and_advice(name, value):
 
 
 @pytest.mark.parametrize("value", [HUGE, -HUGE], ids=["huge", "-huge"])
-@pytest.mark.parametrize("name", [*INT_FIELDS, "rope_theta", "norm_eps", "dtype"])
+@pytest.mark.parametrize("name", [*INT_FIELDS, *FLOAT_FIELDS, "dtype", "activation"])
 def test_number_too_long_to_print_is_a_config_error(name, value):
     (problem,) = problems_of(**BASE | {name: value})
     assert problem.startswith(f"{name}=")
@@ -456,6 +525,8 @@ def test_number_too_long_to_print_is_a_config_error(name, value):
     [
         {"eos_token_ids": HUGE},
         {"eos_token_ids": [1, HUGE]},
+        {"global_layers": [1, HUGE], "sliding_window": 4},
+        {"rope_scaling": LONGROPE | {"long_factor": [HUGE]}},
         {"max_seq_len": [HUGE]},
         {"rope_scaling": {"rope_type": "linear", "factor": HUGE}},
         {"rope_scaling": {"rope_type": {"deep": [HUGE]}, "factor": 2.0}},
@@ -489,7 +560,7 @@ def test_whole_float_is_refused_with_the_number_to_write():
     assert problem == "dim_model=512.0: must be a whole number; write 512"
 
 
-@pytest.mark.parametrize("name", ["rope_theta", "norm_eps"])
+@pytest.mark.parametrize("name", FLOAT_FIELDS)
 @pytest.mark.parametrize(
     "value",
     [
@@ -503,7 +574,7 @@ def test_what_is_no_number_in_range_is_a_config_error(name, value):
     assert problem.startswith(f"{name}={value!r}: must be a number")
 
 
-@pytest.mark.parametrize("name", ["rope_theta", "norm_eps"])
+@pytest.mark.parametrize("name", FLOAT_FIELDS)
 def test_nan_is_answered_with_the_bounds_and_no_guess(name):
     (problem,) = problems_of(**BASE, **{name: float("nan")})
     assert "must be a number in [" in problem
@@ -515,6 +586,9 @@ def test_nan_is_answered_with_the_bounds_and_no_guess(name):
 def test_what_is_no_truth_value_is_a_config_error(name, value):
     (problem,) = problems_of(**BASE, **{name: value})
     assert problem == f"{name}={value!r}: must be True or False"
+
+
+LOCAL = {"sliding_window": 4}
 
 
 @pytest.mark.parametrize(
@@ -533,6 +607,16 @@ def test_what_is_no_truth_value_is_a_config_error(name, value):
         ({"eos_token_ids": ("</s>",)}, "eos_token_ids=", "must be a whole number"),
         ({"dtype": "bfloat"}, "dtype='bfloat':", "did you mean bfloat16"),
         ({"sliding_window": 0}, "sliding_window=0:", "write 1"),
+        ({"rotary_dim": 33}, "rotary_dim=33:", "must be even"),
+        ({"rotary_dim": 66}, "rotary_dim=66:", "must be at most head_dim=64"),
+        ({"head_dim": 8, "rotary_dim": 10}, "rotary_dim=10:", "most head_dim=8"),
+        ({"global_layers": (0,)}, "global_layers=(0,):", "needs a sliding_window"),
+        (LOCAL | {"global_layers": 8}, "global_layers=(8,):", "layers from 0 to 7"),
+        (LOCAL | {"global_layers": (-1,)}, "global_layers=(-1,):", "from 0 to 7"),
+        (LOCAL | {"global_layers": (2, 1)}, "global_layers=(2, 1):", "ascending"),
+        (LOCAL | {"global_layers": (1, 1)}, "global_layers=(1, 1):", "ascending"),
+        (LOCAL | {"global_layers": "1"}, "global_layers='1':", "a whole number"),
+        ({"activation": "gelu"}, "activation='gelu':", "did you mean gelu_tanh"),
     ],
 )
 def test_contradiction_is_named_with_value_rule_and_advice(changes, start, says):
@@ -544,7 +628,22 @@ def test_contradiction_is_named_with_value_rule_and_advice(changes, start, says)
 @pytest.mark.parametrize(
     ("scaling", "says"),
     [
-        ({"rope_type": "yarn", "factor": 4.0}, "must be one of linear, llama3"),
+        ({"rope_type": "su", "factor": 4.0}, "one of linear, dynamic, llama3, yarn, "),
+        (
+            {"rope_type": "yarn", "factor": 4.0},
+            "original_max_position_embeddings: miss",
+        ),
+        ({"rope_type": "dynamic", "factor": 4.0}, "original_max_position_embeddings"),
+        (YARN | {"beta_slow": 32}, "beta_slow=32.0: must be below beta_fast=32.0"),
+        (YARN | {"attention_factor": 0.0}, "attention_factor=0.0: must be a number"),
+        (YARN | {"truncate": 1}, "truncate=1: must be True or False"),
+        (LONGROPE | {"short_factor": []}, "short_factor: missing, and rope_type='long"),
+        (LONGROPE | {"long_factor": None}, "long_factor: missing"),
+        (LONGROPE | {"long_factor": [0.0] * PAIRS}, "long_factor: "),
+        (LONGROPE | {"long_factor": ["1"] * PAIRS}, "must be a number"),
+        (LONGROPE | {"long_factor": [float("nan")] * PAIRS}, "long_factor: "),
+        (LONGROPE | {"long_factor": [float("inf")] * PAIRS}, "long_factor: "),
+        (LONGROPE | {"long_factor": [1e-300] * PAIRS}, "long_factor: "),  # cos(inf)
         ({"rope_type": "llama", "factor": 4.0}, "did you mean llama3?"),
         ({"type": "linear", "factor": 4.0}, "type: unknown field; did you mean rope_"),
         ({"rope_type": "linear", "facter": 4.0}, "did you mean factor?"),
@@ -562,6 +661,31 @@ def test_rope_scaling_problems_are_the_configs(scaling, says):
     (problem,) = problems_of(**BASE, rope_scaling=scaling)
     assert problem.startswith("rope_scaling=")
     assert says in problem
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"rope_scaling": DYNAMIC, "rotary_dim": 2}, ["more than 2"]),
+        ({"rope_scaling": DYNAMIC, "head_dim": 2}, ["more than 2"]),
+        ({"rope_scaling": YARN, "rotary_dim": 2}, ["more than 2"]),
+        (
+            {"rope_scaling": LONGROPE | {"long_factor": [1.0]}},
+            ["long_factor must be 32"],
+        ),
+        (
+            {"rope_scaling": LONGROPE, "rotary_dim": 16},
+            ["short_factor must be 8 numbers", "long_factor must be 8 numbers"],
+        ),
+        ({"rope_scaling": YARN, "rope_theta": 1.0}, ["yarn"]),  # no pair is slower
+    ],
+)
+def test_a_scaling_that_does_not_go_with_the_pairs_is_a_config_error(changes, says):
+    problems = problems_of(**BASE | changes)
+    assert len(problems) == len(says)
+    for problem, part in zip(problems, says, strict=True):
+        assert problem.startswith("rope_scaling")
+        assert part in problem
 
 
 def test_rope_scaling_may_be_a_mapping_or_the_class():
@@ -636,6 +760,14 @@ def advised(problem):
         {"num_kv_heads": 100},
         {"max_kv_cache_len": 1023},
         {"head_dim": 63},
+        {"rotary_dim": 0},
+        {"rotary_dim": 33},
+        {"rotary_dim": 65},
+        {"rotary_dim": 66},
+        {"rotary_dim": 34, "head_dim": 33},
+        {"global_layers": (1, 2)},
+        {"attention_softcap": 0.0},
+        {"embedding_scale": -1.0},
         {"dim_model": 24},
         {"prefill_chunk": 3000},
         {"rope_theta": float("inf")},
@@ -668,6 +800,7 @@ def test_what_a_problem_advises_is_valid(changes):
         optional={
             "num_kv_heads": st.integers(-3, 40),
             "head_dim": st.integers(-3, 40),
+            "rotary_dim": st.integers(-3, 40),
             "num_layers": st.integers(-3, 5000),
             "prefill_chunk": st.integers(-3, 60),
             "rope_theta": st.floats(allow_nan=False),
@@ -699,7 +832,8 @@ SCALARS = (
     | st.floats()
     | st.text(max_size=8)
     | st.binary(max_size=4)
-    | st.sampled_from(["auto", "float32", "bfloat16", "linear", "llama3"])
+    | st.sampled_from(["auto", "float32", "bfloat16", "gelu_tanh"])
+    | st.sampled_from(["linear", "dynamic", "llama3", "yarn", "longrope"])
     | st.sampled_from([np.float32(2), np.int8(-1), np.array(3), np.array([[1], [2]])])
     | st.sampled_from([jnp.bfloat16, np.dtype("int8"), int, object(), 1j])
 )
@@ -727,7 +861,10 @@ OTHER_KEYS = st.one_of(
     st.binary(max_size=3),
     st.tuples(st.text(max_size=2), st.integers()),
 )
-STARTS = st.sampled_from([{}, BASE, mj.Configs.medium().to_dict()])
+SCALINGS = st.sampled_from([LLAMA3, DYNAMIC, YARN, LONGROPE])
+STARTS = st.sampled_from(
+    [{}, BASE, mj.Configs.medium().to_dict(), BASE | GEMMA]
+) | st.builds(lambda scaling: BASE | {"rope_scaling": scaling}, SCALINGS)
 PLAUSIBLE = st.fixed_dictionaries(
     {
         "max_seq_len": st.integers(1, 5000) | st.just(2**24),
@@ -738,15 +875,25 @@ PLAUSIBLE = st.fixed_dictionaries(
     },
     optional={
         "num_kv_heads": st.sampled_from([1, 2, 4, 8]),
-        "head_dim": st.sampled_from([None, 2, 64, 128]),
+        "head_dim": st.sampled_from([None, 2, 33, 64, 128]),
+        "rotary_dim": st.sampled_from([None, 2, 32, 64]),
+        "query_pre_attn_scalar": st.floats(1e-3, 1e3),
         "dim_ff": st.integers(1, 9000),
         "num_layers": st.integers(1, 100),
         "prefill_chunk": st.integers(1, 1000),
         "sliding_window": st.integers(1, 5000),
+        "global_layers": st.sets(st.integers(0, 9), max_size=3).map(sorted),
+        "local_rope_theta": st.floats(1.0, 1e7),
+        "activation": st.sampled_from(["silu", "gelu_tanh"]),
+        "attention_softcap": st.none() | st.floats(0.1, 100.0),
+        "logits_softcap": st.none() | st.floats(0.1, 100.0),
+        "norm_unit_offset": st.booleans(),
+        "post_norms": st.booleans(),
+        "embedding_scale": st.floats(0.1, 100.0),
         "eos_token_ids": st.lists(st.integers(0, 300), max_size=3),
         "rope_theta": st.floats(1.0, 1e7),
         "tie_embeddings": st.booleans(),
-        "rope_scaling": st.none() | st.just(LLAMA3),
+        "rope_scaling": st.none() | SCALINGS,
         "dtype": st.sampled_from(["auto", "float32", "bfloat16", "float16"]),
         "d_model": st.sampled_from([64, 512]),
     },
@@ -770,7 +917,15 @@ def assert_invariants(config):
     assert config.replace() == config
     assert config.num_heads % config.num_kv_heads == 0
     assert config.queries_per_kv_head * config.num_kv_heads == config.num_heads
-    assert config.head_dim % 2 == 0
+    assert config.rotary_dim % 2 == 0
+    assert 2 <= config.rotary_dim <= config.head_dim
+    assert list(config.global_layers) == sorted(set(config.global_layers))
+    assert all(0 <= i < config.num_layers for i in config.global_layers)
+    assert config.sliding_window is not None or not config.global_layers
+    scaling = config.rope_scaling
+    if scaling is not None and scaling.rope_type == "longrope":
+        assert len(scaling.short_factor) == config.rotary_dim // 2
+        assert len(scaling.long_factor) == config.rotary_dim // 2
     assert 1 <= config.max_seq_len <= config.max_kv_cache_len <= MAX_POSITIONS
     assert 1 <= config.prefill_chunk <= config.max_kv_cache_len
     assert all(0 <= i < config.vocab_size for i in config.eos_token_ids)
@@ -840,17 +995,22 @@ def test_a_valid_config_round_trips_and_keeps_its_invariants(given):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.dictionaries(SCALING_KEYS | st.text(max_size=4), VALUES, max_size=5))
-def test_any_rope_scaling_is_valid_or_a_config_error(scaling):
+@given(
+    SCALINGS, st.dictionaries(SCALING_KEYS | st.text(max_size=4), VALUES, max_size=5)
+)
+def test_any_rope_scaling_is_valid_or_a_config_error(start, changes):
     config = config_or_error(
         mj.ModelConfig.from_dict,
-        BASE | {"rope_scaling": LLAMA3 | with_huge_numbers(scaling)},
+        BASE | {"rope_scaling": start | with_huge_numbers(changes)},
     )
     if config is not None:
-        assert config.rope_scaling.factor >= 1.0
-        assert (
-            config.rope_scaling.low_freq_factor < config.rope_scaling.high_freq_factor
-        )
+        assert_invariants(config)
+        scaling = config.rope_scaling
+        assert scaling.factor >= 1.0
+        assert scaling.low_freq_factor < scaling.high_freq_factor
+        assert scaling.beta_slow < scaling.beta_fast
+        needs = scaling.rope_type in ("dynamic", "llama3", "yarn", "longrope")
+        assert scaling.original_max_position_embeddings is not None or not needs
 
 
 # Importing

@@ -203,7 +203,7 @@ class MiniLLM(nn.Module):
             counts = jnp.full(start.shape, length, jnp.int32)
         turned, lengths = positions, (start + counts)[:, None]
         if segment_ids is not None:
-            turned, lengths = _inside_documents(segment_ids)
+            turned, lengths = _inside_documents(segment_ids, counts)
         if reach is not None:
             lengths = jnp.maximum(lengths, reach[:, None])
         turns = local_turns = rope.cos_sin(self.config, turned, lengths)
@@ -212,7 +212,7 @@ class MiniLLM(nn.Module):
         return Span(Places(positions, segment_ids), counts, turns, local_turns)
 
 
-def _inside_documents(segment_ids: Int[Array, "B T"]) -> tuple[Array, Array]:
+def _inside_documents(segment_ids: Int[Array, "B T"], counts) -> tuple[Array, Array]:
     """Each token's place in its packed document, and the document's length; [B, T].
 
     RoPE needs differences of positions only, but far from 0 they would be rounded
@@ -223,7 +223,7 @@ def _inside_documents(segment_ids: Int[Array, "B T"]) -> tuple[Array, Array]:
     edge = edge.at[:, 0].set(True).at[:, -1].set(True)  # before each token, and the end
     first = jax.lax.cummax(jnp.where(edge[:, :-1], positions, 0), axis=1)
     end = jnp.where(edge[:, 1:], positions + 1, segment_ids.shape[1])
-    end = jax.lax.cummin(end, axis=1, reverse=True)
+    end = jnp.minimum(jax.lax.cummin(end, axis=1, reverse=True), counts[:, None])
     return positions - first, end - first
 
 

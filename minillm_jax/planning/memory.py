@@ -90,7 +90,9 @@ def plan_decode(
         weights_bytes=weights,
         cache_bytes=cache,
         activation_bytes=max(working),
-        conversion_bytes=_conversions(config, platform, batch_size, cache),
+        conversion_bytes=_conversions(
+            config, platform, batch_size, cache, max(slots) / sum(slots)
+        ),
         init_bytes=_making_weights(config),
         runtime_bytes=RUNTIME_BYTES if platform == "cpu" else 0,
         limit_bytes=limit_bytes,
@@ -117,7 +119,7 @@ def _making_weights(config: ModelConfig) -> int:
     return 3 * 4 * config.dim_model * max(2 * config.dim_ff, config.vocab_size)
 
 
-def _conversions(config: ModelConfig, platform: str, rows: int, cache: int) -> int:
+def _conversions(config, platform: str, rows: int, cache: int, largest: float) -> int:
     """Copies in another dtype that XLA keeps beside the stored arrays.
 
     Weights stored in another dtype than they are computed in are converted before a
@@ -130,12 +132,10 @@ def _conversions(config: ModelConfig, platform: str, rows: int, cache: int) -> i
     if platform == "cpu" and config.dtype != "float32":
         if jax.__version_info__ < (0, 12):
             return weights32 + cache32
-        return weights32 if rows == 1 else cache32 // config.num_layers
+        return weights32 if rows == 1 else int(cache32 * largest)
     size, copies = costs.itemsize(config.dtype), 0
     if config.param_dtype != config.dtype:
         copies += costs.parameters(config) * size
     if config.cache_dtype != config.dtype:  # a layer's at a time
-        copies += (
-            cache * size // costs.itemsize(config.cache_dtype) // config.num_layers
-        )
+        copies += int(cache * largest * size // costs.itemsize(config.cache_dtype))
     return copies

@@ -1,5 +1,6 @@
 """Config files: presets from one home, every field open, frozen once."""
 
+import json
 import pathlib
 
 import jax
@@ -44,6 +45,15 @@ def test_a_config_file_is_its_preset(name):
         ("tie_embeddings=true", True),
         ("eos_token_ids=(1,2)", (1, 2)),
         ("eos_token_ids=7", (7,)),
+        ("rotary_dim=32", 32),
+        ("query_pre_attn_scalar=128", 128.0),
+        ("embedding_scale=22", 22.0),
+        ("attention_softcap=50", 50.0),
+        ("logits_softcap=30.5", 30.5),
+        ("local_rope_theta=10000", 10000.0),
+        ("activation=gelu_tanh", "gelu_tanh"),
+        ("norm_unit_offset=true", True),
+        ("post_norms=true", True),
         ("dtype=bfloat16", "bfloat16"),
     ],
 )
@@ -53,14 +63,38 @@ def test_every_kind_of_field_can_be_set_from_the_command_line(override, value):
     assert getattr(model, override.split("=")[0]) == value
 
 
-def test_rope_scaling_can_be_set_from_the_command_line():
-    scaling = '{"rope_type": "linear", "factor": 2.0}'
+@pytest.mark.parametrize(("given", "layers"), [("(1,3)", (1, 3)), ("3", (3,))])
+def test_global_layers_can_be_set_from_the_command_line(given, layers):
     config = parse(
-        f"--config={ROOT}/configs/small.py", f"--config.model.rope_scaling={scaling}"
+        f"--config={ROOT}/configs/small.py",
+        "--config.model.sliding_window=64",
+        f"--config.model.global_layers={given}",
+    )
+    assert config_files.model_config(config).global_layers == layers
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rope_type": "linear", "factor": 2.0},
+        {
+            "rope_type": "longrope",
+            "factor": 4.0,
+            "original_max_position_embeddings": 256,
+            "short_factor": [1.0, 1.5],
+            "long_factor": [2.0, 4.0],
+        },
+    ],
+    ids=["linear", "longrope"],
+)
+def test_rope_scaling_can_be_set_from_the_command_line(fields):
+    config = parse(
+        f"--config={ROOT}/configs/small.py",
+        "--config.model.rotary_dim=4",
+        f"--config.model.rope_scaling={json.dumps(fields)}",
     )
     model = config_files.model_config(config)
-    assert model.rope_scaling is not None
-    assert model.rope_scaling.factor == 2.0
+    assert model.rope_scaling == mj.config.RopeScaling(**fields)
 
 
 def test_every_model_field_is_in_the_config_file():

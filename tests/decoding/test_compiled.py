@@ -37,9 +37,17 @@ def model():
     return mj.create_model(CONFIG)
 
 
+@pytest.fixture(scope="module")
+def mixed():
+    """Two layers with a ring of 1087 slots, and one that sees everything."""
+    return mj.create_model(CONFIG.replace(sliding_window=1024, global_layers=(1,)))
+
+
 def _compiled(model, batch_size, kind, policy):
+    """A decode, the bytes of its cache, and the shapes of the leaves."""
+    config = model.config
     params = jax.eval_shape(lambda: mj.init_params(model))
-    cache = jax.eval_shape(lambda: mj.init_cache(CONFIG, batch_size, policy=policy))
+    cache = jax.eval_shape(lambda: mj.init_cache(config, batch_size, policy=policy))
     tokens = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
     if kind == "step":
         lowered = mj.decode_step.lower(model, params, cache, tokens, policy=policy)
@@ -50,7 +58,7 @@ def _compiled(model, batch_size, kind, policy):
             prompts=[[0]] * batch_size,
             budgets=[8] * batch_size,
             eos_token_ids=(),
-            known=np.ones(CONFIG.vocab_size, bool),
+            known=np.ones(config.vocab_size, bool),
         )
         lowered = decode.decode_requests.lower(
             *(model, params, cache, sampling.initial_state(rows), rows),
@@ -65,8 +73,8 @@ def _compiled(model, batch_size, kind, policy):
         )
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
     assert size >= 8e6
-    leaf = cache["layers_0"]["attention"]["k"].shape
-    return lowered.compile(), size, leaf
+    shapes = {leaf.shape for leaf in jax.tree.leaves(cache) if leaf.ndim > 1}
+    return lowered.compile(), size, shapes
 
 
 def results_of_shape(hlo, shape):
@@ -94,16 +102,26 @@ def fused_roots(hlo):
 )
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
 def test_decode_never_copies_the_cache(model, batch_size, kind, policy):
+    assert_in_place(model, batch_size, kind, policy)
+
+
+def test_decode_with_mixed_layers_never_copies_a_leaf(mixed):
+    assert_in_place(mixed, 1, "chunk", "error")
+
+
+def assert_in_place(model, batch_size, kind, policy):
     overflow = mj.CachePolicy(overflow=policy)
-    compiled, size, leaf = _compiled(model, batch_size, kind, overflow)
+    compiled, size, shapes = _compiled(model, batch_size, kind, overflow)
+    assert len(shapes) == (2 if model.config.global_layers else 1)
     hlo = compiled.as_text()
     roots = fused_roots(hlo)
-    found = results_of_shape(hlo, leaf)
-    assert found, "no result of the leaf's shape: the pattern no longer matches"
-    for opcode, called in found:
-        assert opcode in IN_PLACE, f"{opcode} makes an array of the leaf's shape"
-        if opcode == "fusion":
-            assert roots[called] in ("dynamic-update-slice", "scatter", "bitcast")
+    for shape in shapes:
+        found = results_of_shape(hlo, shape)
+        assert found, "no result of the leaf's shape: the pattern no longer matches"
+        for opcode, called in found:
+            assert opcode in IN_PLACE, f"{opcode} makes an array of shape {shape}"
+            if opcode == "fusion":
+                assert roots[called] in ("dynamic-update-slice", "scatter", "bitcast")
     memory = compiled.memory_analysis()
     assert memory.temp_size_in_bytes <= 0.1 * size
     assert memory.alias_size_in_bytes >= size

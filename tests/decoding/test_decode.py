@@ -6,6 +6,7 @@ one, and when calls change no slot but those they write.
 
 import functools
 import itertools
+from unittest import mock
 
 import chex
 import jax
@@ -23,6 +24,34 @@ PLAIN = mj.CachePolicy()
 RING = mj.CachePolicy(overflow="ring")
 SINKS = mj.CachePolicy(overflow="ring", num_sinks=2)
 VOCABULARY = testing.tiny_config().vocab_size
+# Layers with a window and one without; a local ring has 9 slots.
+MIXED = {"num_layers": 2, "sliding_window": 6, "global_layers": (1,)}
+GEMMA = MIXED | {
+    "head_dim": 12,
+    "activation": "gelu_tanh",
+    "local_rope_theta": 100.0,
+    "qk_norm": True,
+    "query_pre_attn_scalar": 9.0,
+    "attention_softcap": 3.0,
+    "logits_softcap": 4.0,
+    "norm_unit_offset": True,
+    "post_norms": True,
+    "embedding_scale": 32**0.5,
+    "tie_embeddings": True,
+}
+ORIGINAL = 10  # tokens of the context that the scalings below stretch
+LONGROPE = {
+    "rope_type": "longrope",
+    "factor": 4.0,
+    "original_max_position_embeddings": ORIGINAL,
+    "short_factor": (1.0, 1.1, 1.3, 1.7),
+    "long_factor": (1.5, 2.0, 3.0, 4.0),
+}
+DYNAMIC = {
+    "rope_type": "dynamic",
+    "factor": 2.0,
+    "original_max_position_embeddings": ORIGINAL,
+}
 
 
 @functools.cache
@@ -35,6 +64,12 @@ def build(**changes):
         return np.full(leaf.shape, float(leaf.ndim == 1), leaf.dtype)
 
     return model, jax.device_put(testing.perturbed(jax.tree.map(start, shapes)))
+
+
+def built(changes):
+    """`build`, of a mapping with other mappings in it."""
+    config = testing.tiny_config(**changes)
+    return build(**{name: getattr(config, name) for name in changes})
 
 
 def some_tokens(shape, seed=0):
@@ -127,8 +162,16 @@ def test_chunked_prefill_equals_one_forward(batch_size, length):
     assert cache["lengths"].tolist() == [length] * batch_size
 
 
-def test_prefills_and_steps_in_turn_equal_the_full_forward():
-    model, params = build(qkv_bias=True, qk_norm=True, num_kv_heads=1)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"qkv_bias": True, "qk_norm": True, "num_kv_heads": 1},
+        GEMMA | {"prefill_chunk": 4},
+    ],
+    ids=["mqa", "gemma"],
+)
+def test_prefills_and_steps_in_turn_equal_the_full_forward(changes):
+    model, params = build(**changes)
     tokens, batch_size = some_tokens((3, 40)), 3
     full = testing.reference_logits(model.config, params, tokens)
     cache, start = mj.init_cache(model.config, batch_size), 0
@@ -388,13 +431,75 @@ def test_a_ring_over_three_wraps_equals_the_windowed_forward(sizes, policy):
     close(feed(model, params, tokens, sizes, policy), expected)
 
 
-@pytest.mark.parametrize("policy", [RING, SINKS])
-def test_a_ragged_ring_equals_the_windowed_forward_of_each_row(policy):
-    model, params = build(**RING_SHAPE)
-    tokens = some_tokens((2, 60))
-    expected = testing.reference_logits(
-        model.config, params, tokens, window=10, sinks=policy.num_sinks
-    )
+def ring_logits(config, params, tokens):
+    """The reference where no layer sees more than `max_kv_cache_len` tokens."""
+    mask, longest = testing._mask, config.max_kv_cache_len
+
+    def bounded(segments, window, sinks):
+        return mask(segments, min(window or longest, longest), sinks)
+
+    with mock.patch.object(testing, "_mask", bounded):
+        return testing.reference_logits(config, params, tokens)
+
+
+@pytest.mark.parametrize(
+    ("policy", "changes"),
+    [(PLAIN, {"max_kv_cache_len": 64}), (RING, {"sliding_window": 12})],
+    ids=["plain", "ring-below-the-window"],
+)
+def test_mixed_layers_over_three_wraps_equal_the_full_forward(policy, changes):
+    model, params = build(**MIXED | RING_SHAPE | changes)
+    tokens = some_tokens((2, 48))
+    expected = ring_logits(model.config, params, tokens)
+    close(feed(model, params, tokens, (4,), policy), expected)
+
+
+def test_a_ragged_prefill_of_mixed_layers_equals_the_full_forward():
+    """Of ten chunks, most of them padding for the shorter rows."""
+    model, params = build(**MIXED, prefill_chunk=4)
+    tokens, lengths, rows = some_tokens((3, 43)), np.array([40, 5, 17]), np.arange(3)
+    full = testing.reference_logits(model.config, params, tokens)
+    cache = mj.init_cache(model.config, 3)
+    logits, cache = mj.prefill(model, params, cache, tokens, lengths)
+    close(logits, full[rows, lengths - 1])
+    for step in range(3):
+        following = tokens[rows, lengths + step]
+        logits, cache = mj.decode_step(model, params, cache, following)
+        close(logits, full[rows, lengths + step])
+
+
+def test_a_mixed_cache_that_grows_goes_on_as_before():
+    """From 8 slots everywhere to a local ring of 9 beside 32."""
+    model, params = build(**MIXED, prefill_chunk=4)
+    tokens = some_tokens((1, 32))
+    full = testing.reference_logits(model.config, params, tokens)
+    cache, start = mj.init_cache(model.config, 1, 8), 0
+    for capacity, slots in [(8, (8, 8)), (32, (9, 32))]:
+        cache = mj.grow_cache(cache, capacity, config=model.config)
+        shapes = [cache[f"layers_{i}"]["attention"]["k"].shape[-2] for i in range(2)]
+        assert tuple(shapes) == slots
+        logits, cache = mj.prefill(model, params, cache, tokens[:, start:capacity])
+        close(logits, full[:, capacity - 1])
+        start = capacity
+    with pytest.raises(mj.CacheOverflowError, match="capacity is 32"):
+        mj.decode_step(model, params, cache, tokens[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("policy", "changes"),
+    [(RING, {}), (SINKS, {}), (RING, MIXED)],
+    ids=["ring", "sinks", "mixed"],
+)
+def test_a_ragged_ring_equals_the_windowed_forward_of_each_row(policy, changes):
+    model, params = build(**RING_SHAPE | changes)
+    ids = np.random.default_rng(0).permuted([np.arange(61)] * 2, axis=1)
+    tokens = ids[:, :60].astype(np.int32)  # each once, so that any write is a change
+    if changes:
+        expected = ring_logits(model.config, params, tokens)
+    else:
+        expected = testing.reference_logits(
+            model.config, params, tokens, window=10, sinks=policy.num_sinks
+        )
     counts = np.random.default_rng(1).integers(0, 5, (24, 2))
     assert np.all(counts.sum(axis=0) > 3 * 13)
     cache = mj.init_cache(model.config, 2, policy=policy)
@@ -513,6 +618,64 @@ def test_a_sliding_window_is_still_bounded_by_max_kv_cache_len():
     close(logits, expected[:, -1])
     with pytest.raises(mj.CacheOverflowError, match="its capacity is 96: 0 would fit"):
         mj.decode_step(model, params, cache, np.array([1]))
+
+
+# RoPE that turns by the length of the whole sequence
+
+
+@pytest.mark.parametrize("scaling", [DYNAMIC, LONGROPE], ids=["dynamic", "longrope"])
+def test_a_prompt_beyond_the_original_context_may_come_in_chunks(scaling):
+    """Each row turns by its own length, whatever its neighbours' and the chunks."""
+    model, params = built({"rope_scaling": scaling, "prefill_chunk": 4})
+    lengths = np.array([ORIGINAL - 1, ORIGINAL, ORIGINAL + 1, 27])
+    tokens = some_tokens((4, 27))
+    cache = mj.init_cache(model.config, 4)
+    logits, cache = mj.prefill(model, params, cache, tokens, lengths)
+    expected = testing.reference_logits(model.config, params, tokens, lengths=lengths)
+    close(logits, expected[np.arange(4), lengths - 1])
+    for row, length in enumerate(lengths[2:], start=2):  # the forward takes one length
+        alone = forward(model, params, tokens[row : row + 1, :length])
+        close(alone[0], expected[row, :length])
+    short = testing.reference_logits(model.config, params, tokens[3:, :ORIGINAL])
+    assert np.max(np.abs(short - expected[3, :ORIGINAL])) > 0.1  # the lengths matter
+    plain = model.config.replace(rope_scaling=None)
+    if scaling is DYNAMIC:  # up to the original context there is none
+        close(short, testing.reference_logits(plain, params, tokens[3:, :ORIGINAL]))
+
+
+@pytest.mark.parametrize("length", [4, 19])
+def test_longrope_steps_on_either_side_of_its_original_context(length):
+    model, params = built({"rope_scaling": LONGROPE, "prefill_chunk": 4})
+    tokens = some_tokens((1, 32))
+    cache = mj.init_cache(model.config)
+    _, cache = mj.prefill(model, params, cache, tokens[:, :length])
+    for i in range(length, ORIGINAL if length < ORIGINAL else 32):
+        logits, cache = mj.decode_step(model, params, cache, tokens[:, i])
+        expected = testing.reference_logits(model.config, params, tokens[:, : i + 1])
+        close(logits, expected[:, -1])
+
+
+@pytest.mark.parametrize("held", [ORIGINAL - 2, ORIGINAL])
+def test_longrope_keys_are_never_mixed(held):
+    """A row may come to the original context, or begin beyond it; it may not cross."""
+    model, params = built({"rope_scaling": LONGROPE, "prefill_chunk": 4})
+    tokens = some_tokens((3, 32))
+    cache = mj.init_cache(model.config, 3)
+    _, cache = mj.prefill(model, params, cache, tokens, np.array([20, held, 0]))
+    before = host(cache)
+    new = ORIGINAL - held + 1
+    message = rf"row 1 grows from {held} to 11 tokens.* prefill all its tokens again"
+    with pytest.raises(mj.ConfigError, match=message):
+        mj.prefill(model, params, cache, tokens[:, :new])
+    if held == ORIGINAL:
+        with pytest.raises(mj.ConfigError, match=message):
+            mj.decode_step(model, params, cache, tokens[:, 0])
+    chex.assert_trees_all_equal(host(cache), before)
+    fits = np.array([5, ORIGINAL - held, 30])
+    logits, cache = mj.prefill(model, params, cache, tokens[:, 1:31], fits)
+    assert cache["lengths"].tolist() == [25, ORIGINAL, 30]
+    expected = testing.reference_logits(model.config, params, tokens[2:, 1:31])
+    close(logits[2], expected[0, -1])
 
 
 # Wrong arguments

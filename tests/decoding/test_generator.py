@@ -9,6 +9,7 @@ import contextlib
 import functools
 import itertools
 import logging
+from unittest import mock
 
 import jax
 import numpy as np
@@ -53,9 +54,20 @@ def plain_params(model):
 
 
 @functools.cache
-def noisy(overflow="stop", num_sinks=0, max_kv_cache_len=FULL, window=None, layers=1):
+def noisy(
+    overflow="stop",
+    num_sinks=0,
+    max_kv_cache_len=FULL,
+    window=None,
+    layers=1,
+    seeing=(),
+):
+    """`seeing`: the layers that see everything, beside those with the window."""
     model, params = noise(
-        max_kv_cache_len=max_kv_cache_len, sliding_window=window, num_layers=layers
+        max_kv_cache_len=max_kv_cache_len,
+        sliding_window=window,
+        num_layers=layers,
+        global_layers=seeing,
     )
     return mj.Generator(model, params, BYTES, overflow, num_sinks)
 
@@ -116,11 +128,16 @@ def following(prompt, count):
 def raw_logits(run, prompt, tokens):
     """The reference's logits at each token of a completion, float64 [tokens, V]."""
     config, policy = run.model.config, run.policy
-    ring = policy.overflow == "ring" and config.sliding_window is None
-    window = {"window": config.max_kv_cache_len, "sinks": policy.num_sinks}
     whole = np.array([[*prompt, *tokens]])
     params = jax.device_get(run._executables.params)
-    logits = testing.reference_logits(config, params, whole, **(window if ring else {}))
+    longest, mask = config.max_kv_cache_len, testing._mask
+
+    def in_a_ring(segments, window, _):
+        return mask(segments, min(window or longest, longest), policy.num_sinks)
+
+    own = in_a_ring if policy.overflow == "ring" else mask
+    with mock.patch.object(testing, "_mask", own):
+        logits = testing.reference_logits(config, params, whole)
     return logits[0, len(prompt) - 1 : -1]
 
 
@@ -162,8 +179,12 @@ POLICIES = {
     "ring": ("ring", 0, RING, None, 2),
     "ring-sinks": ("ring", 2, RING, None, 2),
     "ring-window": ("ring", 0, RING, 6, 2),
+    "error-mixed": ("error", 0, 384, 6, 2, (1,)),
+    "stop-mixed": ("stop", 0, 384, 100, 2, (1,)),  # a ring of 115: grows, then wraps
+    "ring-mixed": ("ring", 0, RING, 6, 2, (0,)),
 }
 QUICK = {("stop", 1), ("stop", 3), ("ring", 1), ("ring-sinks", 3), ("ring-window", 3)}
+QUICK |= {("ring-mixed", 1)}
 
 
 @pytest.mark.parametrize(
@@ -187,6 +208,32 @@ def test_greedy_equals_the_reference_over_256_tokens(policy, lengths):
         assert completion.finish_reason == "length"
         assert len(completion.tokens) == 256
         assert len(set(completion.tokens)) > 20  # not stuck
+        assert_greedy(run, prompt, completion.tokens)
+
+
+def test_all_of_gemmas_parts_together_equal_the_reference():
+    """In 48 slots, then 60 of a local ring beside 64, then beside 100."""
+    gemma = {
+        "max_kv_cache_len": 100,
+        "num_layers": 2,
+        "head_dim": 12,
+        "activation": "gelu_tanh",
+        "sliding_window": 45,
+        "global_layers": (1,),
+        "local_rope_theta": 100.0,
+        "qk_norm": True,
+        "query_pre_attn_scalar": 9.0,
+        "attention_softcap": 3.0,
+        "logits_softcap": 4.0,
+        "norm_unit_offset": True,
+        "post_norms": True,
+        "embedding_scale": 0.5,
+        "tie_embeddings": True,
+    }
+    run, prompts = mj.Generator(*noise(**gemma), BYTES), some_prompts((3, 40, 62))
+    completions = assert_streams_like_generate(run, prompts, 38, GREEDY)
+    for prompt, completion in zip(prompts, completions, strict=True):
+        assert len(set(completion.tokens)) > 5
         assert_greedy(run, prompt, completion.tokens)
 
 

@@ -16,11 +16,21 @@ import pytest
 import minillm_jax as mj
 from minillm_jax import testing
 from minillm_jax.decoding import decode, executables, generator
+from minillm_jax.model import cache as kv
 from minillm_jax.model import transformer
 
 GREEDY = mj.SamplingParams(temperature=0.0)
 SAMPLED = mj.SamplingParams(temperature=1.5, repetition_penalty=1.2, seed=11)
 VOCABULARY, FULL = 256, 90
+# A local ring of 73 slots: it grows less than the layer that sees everything.
+MIXED = {"num_layers": 2, "sliding_window": 70, "global_layers": (1,)}
+LONGROPE = {
+    "rope_type": "longrope",
+    "factor": 4.0,
+    "original_max_position_embeddings": 40,
+    "short_factor": (1.0, 1.1, 1.3, 1.7),
+    "long_factor": (1.5, 2.0, 3.0, 4.0),
+}
 BYTES = mj.ByteTokenizer()
 
 
@@ -45,7 +55,7 @@ def noise(**changes):
 @functools.cache
 def warm():
     """A generator after a warmup, the compilations JAX counted, and the seconds."""
-    run = mj.Generator(*noise(num_layers=1), BYTES)
+    run = mj.Generator(*noise(**MIXED), BYTES)
     jax.clear_caches()  # of other tests
     with testing.counted_compilations() as compilations:
         seconds = run.warmup((1, 2))
@@ -71,13 +81,15 @@ def test_warmup_compiles_what_the_formula_says_and_tells_it():
     chunks, buckets = len(decode.chunk_sizes(run.model.config)), 2
     assert chunks == 2
     expected = {"first_token": 2, "init_cache": buckets, "prefill": chunks * buckets}
-    expected |= {"decode": 4 * buckets, "grow_cache": buckets - 1}
+    expected |= {"decode": 4 * buckets, "grow_cache": 2}
     assert run.compilations == {name: 2 * count for name, count in expected.items()}
     assert compilations == sum(run.compilations.values()) == len(seconds)
     assert seconds == run.compile_seconds
     assert all(value > 0 for value in seconds.values())
     assert "decode(batch_size=2, capacity=64, steps=4, sampling)" in seconds
     assert "prefill(batch_size=1, capacity=90, chunk=4)" in seconds
+    for slots in (73, 90):
+        assert f"grow_cache(batch_size=2, capacity=64, slots={slots})" in seconds
 
 
 def test_a_second_warmup_compiles_nothing():
@@ -122,7 +134,8 @@ def request_anything(run, draw, session):
     params = random_params(draw)
     if draw.random() < 0.5:
         params = [params, *(random_params(draw) for _ in prompts[1:])]
-    count = draw.choice([1, 2, 5, draw.randrange(1, 60), 10**6])
+    most = 200 if run.policy.overflow == "ring" else 10**6
+    count = draw.choice([1, 2, 5, draw.randrange(1, 60), most])
     if draw.random() < 0.4:
         return run.generate(prompts, count, params)
     kept = session if len(prompts) == 1 and draw.random() < 0.7 else None
@@ -135,23 +148,31 @@ def request_anything(run, draw, session):
     return pieces.completions
 
 
-def run_random_requests(count):
-    run, *_ = warm()
+def run_random_requests(run, count):
     draw, session = random.Random(count), mj.Session()
     with testing.counted_compilations() as compilations, run.forbid_compile():
         for _ in range(count):
             for completion in request_anything(run, draw, session):
-                assert completion.cache.tokens <= FULL
+                assert run.policy == kv.RING or completion.cache.tokens <= FULL
     assert not compilations
 
 
 def test_random_requests_compile_nothing_after_warmup():
-    run_random_requests(25)
+    run_random_requests(warm()[0], 25)
 
 
 @pytest.mark.slow
 def test_many_random_requests_compile_nothing_after_warmup():
-    run_random_requests(200)
+    run_random_requests(warm()[0], 200)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overflow", ["stop", "ring"])
+def test_many_random_requests_across_a_turning_point_compile_nothing(overflow):
+    config = testing.tiny_config(rope_scaling=LONGROPE)
+    run = other(overflow, **MIXED, rope_scaling=config.rope_scaling)
+    run.warmup((1, 2))
+    run_random_requests(run, 200)
 
 
 def test_forbid_compile_names_what_is_missing_and_ends_with_its_block():
@@ -191,7 +212,7 @@ def test_a_warm_generator_refuses_other_batch_sizes_and_goes_on():
 
 @pytest.mark.parametrize("kind", ["committed", "numpy"])
 def test_parameters_on_a_device_or_of_numpy_compile_once(kind):
-    model, params = noise()
+    model, params = noise(**MIXED)
     if kind == "numpy":
         params = jax.device_get(params)
     else:
@@ -201,7 +222,7 @@ def test_parameters_on_a_device_or_of_numpy_compile_once(kind):
     with testing.counted_compilations() as compilations:
         tokens = run.generate(prompt, 24, GREEDY)[0].tokens
     assert len(compilations) == sum(run.compilations.values())
-    assert run.compilations["grow_cache"] == 1
+    assert run.compilations["grow_cache"] == 2
     with testing.counted_compilations() as compilations:
         again = run.generate(prompt, 24, GREEDY)[0].tokens
     assert not compilations

@@ -191,8 +191,8 @@ def test_slot_positions_of_the_drawing_in_the_module():
 # Sequences of operations
 
 
-def config_of(window=None):
-    return mj.ModelConfig(
+def config_of(window=None, **changes):
+    config = mj.ModelConfig(
         max_seq_len=8,
         max_kv_cache_len=12,
         dim_model=K * H,
@@ -204,85 +204,98 @@ def config_of(window=None):
         sliding_window=window,
         dtype="float32",
     )
+    return config.replace(**changes)
 
 
+# A window of 5 has a ring of 7 slots: more than the smallest cache, fewer than others.
+MIXED = config_of(window=5, num_layers=2, global_layers=(1,))
 KINDS = {
     "plain": (config_of(), STOP_POLICY),
     "ring": (config_of(), RING_POLICY),
     "sinks": (config_of(), SINKS_POLICY),
     "window": (config_of(window=4), STOP_POLICY),
     "window_ring": (config_of(window=4), RING_POLICY),
+    "mixed": (MIXED, STOP_POLICY),
+    "mixed_ring": (MIXED, RING_POLICY),
 }
 CAPACITIES = (4, 7, 12)
 
 
-def leaves(cache):
-    return cache["layers_0"]["attention"]
+def leaves(cache, layer=0):
+    return cache[f"layers_{layer}"]["attention"]
 
 
 class Row:
     """A row of the model: how many tokens it has seen, and what its slots hold."""
 
-    def __init__(self):
-        self.length, self.held = 0, {}  # slot -> (position, token)
+    def __init__(self, layers):
+        self.length = 0
+        self.held = [
+            {} for _ in range(layers)
+        ]  # of each layer: slot -> (position, token)
 
-    def append(self, tokens, slots, rule):
+    def append(self, tokens, layers):
         for token in tokens:
-            slot = model_slot(self.length, slots, rule)
-            if slot is not None:
-                self.held[slot] = (self.length, token)
+            for held, (slots, rule) in zip(self.held, layers, strict=True):
+                slot = model_slot(self.length, slots, rule)
+                if slot is not None:
+                    held[slot] = (self.length, token)
             self.length += 1
-
-    def copy(self):
-        twin = Row()
-        twin.length, twin.held = self.length, dict(self.held)
-        return twin
 
 
 class CacheMachine(sf.RuleBasedStateMachine):
     """Random appends, insertions, evictions and growths of a cache and of its model."""
 
     @sf.initialize(
-        kind=st.sampled_from(sorted(KINDS)),
+        kind=st.sampled_from([*sorted(KINDS), "mixed", "mixed_ring"]),
         batch_size=st.sampled_from([1, 2]),
         capacity=st.sampled_from(CAPACITIES),
     )
     def start(self, kind, batch_size, capacity):
         self.config, self.policy = KINDS[kind]
-        self.rows = [Row() for _ in range(batch_size)]
+        self.rows = [Row(self.config.num_layers) for _ in range(batch_size)]
         self.tokens = iter(range(1, 10**6))
         self.cache = self.empty(batch_size, capacity)
 
     def empty(self, batch_size, capacity):
         return mj.init_cache(self.config, batch_size, capacity, policy=self.policy)
 
-    def slots_and_rule(self, cache):
-        slots = leaves(cache)["k"].shape[-2]
-        return slots, kv.slot_rule(
-            self.config, self.config.sliding_window, slots, self.policy
-        )
+    def layers(self, cache):
+        """Each layer's slots and rule."""
+        found = []
+        for layer in range(self.config.num_layers):
+            slots, window = (
+                leaves(cache, layer)["k"].shape[-2],
+                self.config.window(layer),
+            )
+            rule = kv.slot_rule(self.config, window, slots, self.policy)
+            found.append((slots, rule))
+        return found
+
+    def slots(self, cache):
+        return np.array([slots for slots, _ in self.layers(cache)])
 
     def appended(self, cache, rows, width, counts):
         """The cache after `counts` new tokens for each row, in a call of `width`."""
-        slots, rule = self.slots_and_rule(cache)
         room = kv.token_capacity(self.config, cache, self.policy)
         first = np.asarray(cache["lengths"])
         fits = np.minimum(counts, room - first)
         ids = np.zeros((len(rows), width))
         for row, count, out in zip(rows, fits, ids, strict=True):
             out[:] = [next(self.tokens) for _ in range(width)]
-            row.append(out[:count], slots, rule)
-        # As the module does; but without a ring `write` drops what does not fit itself.
-        counts = np.int32(fits if rule.wraps else counts)
-        new = token_values(ids)
-        given = (new, first, counts)
-        if len(rows) == 1:
-            given = [x[0] for x in given]
-        new, *where = map(jnp.asarray, given)
-        k = write(leaves(cache)["k"], new, *where, rule=rule)
-        v = write(leaves(cache)["v"], -new, *where, rule=rule)
-        lengths = jnp.int32(first + fits)
-        return {"layers_0": {"attention": {"k": k, "v": v}}, "lengths": lengths}
+            row.append(out[:count], self.layers(cache))
+        new, after = token_values(ids), {"lengths": jnp.int32(first + fits)}
+        for layer, (_, rule) in enumerate(self.layers(cache)):
+            # As the module does; but without a ring `write` drops what does not fit.
+            given = (new, first, np.int32(fits if rule.wraps else counts))
+            if len(rows) == 1:
+                given = [x[0] for x in given]
+            given = [jnp.asarray(x) for x in given]
+            held = leaves(cache, layer)
+            k = write(held["k"], *given, rule=rule)
+            v = write(held["v"], -given[0], *given[1:], rule=rule)
+            after[f"layers_{layer}"] = {"attention": {"k": k, "v": v}}
+        return after
 
     @sf.rule(width=st.sampled_from([1, 3]), data=st.data())
     def append(self, width, data):
@@ -297,24 +310,24 @@ class CacheMachine(sf.RuleBasedStateMachine):
     @sf.rule(row=st.integers(0, 1), fewer=st.booleans(), tokens=st.integers(0, 15))
     def insert(self, row, fewer, tokens):
         row %= len(self.rows)
-        slots, _ = self.slots_and_rule(self.cache)
+        slots = self.slots(self.cache)
         sources = [self.empty(1, capacity) for capacity in CAPACITIES]
-        sizes = [self.slots_and_rule(source)[0] for source in sources]
-        allowed = [n for n, size in enumerate(sizes) if size <= slots]
-        number = allowed[0] if fewer else allowed[-1]
-        source, size = sources[number], sizes[number]
-        if size < slots:  # before the source's ring has wrapped
-            tokens = min(tokens, size)
-        single = [Row()]
-        while single[0].length < tokens:
-            count = min(3, tokens - single[0].length)
-            before = single[0].length
-            source = self.appended(source, single, 3, [count])
-            if single[0].length == before:  # a full sliding-window cache
+        allowed = [source for source in sources if np.all(self.slots(source) <= slots)]
+        source = allowed[0] if fewer else allowed[-1]
+        # Where a leaf has fewer slots, before its ring has wrapped.
+        smaller = [
+            n for n, most in zip(self.slots(source), slots, strict=True) if n < most
+        ]
+        tokens = min([tokens, *smaller])
+        single = Row(self.config.num_layers)
+        while single.length < tokens:
+            before = single.length
+            source = self.appended(source, [single], 3, [min(3, tokens - before)])
+            if single.length == before:  # a full sliding-window cache
                 break
         others = self.other_rows(row)
         self.cache = insert(self.cache, row, source)
-        self.rows[row] = single[0].copy()
+        self.rows[row] = single
         chex.assert_trees_all_equal(self.other_rows(row), others)
 
     @sf.rule(row=st.integers(0, 1))
@@ -322,34 +335,42 @@ class CacheMachine(sf.RuleBasedStateMachine):
         row %= len(self.rows)
         others = self.other_rows(row)
         self.cache = evict(self.cache, row)
-        self.rows[row] = Row()
+        self.rows[row] = Row(self.config.num_layers)
         chex.assert_trees_all_equal(self.other_rows(row), others)
-        for leaf in leaves(self.cache).values():
-            assert not np.any(leaf[row] if leaf.ndim == 4 else leaf)
+        for leaf in jax.tree.leaves(self.cache):
+            assert not np.any(leaf if leaf.ndim == 3 else leaf[row])
 
-    @sf.rule(capacity=st.sampled_from(CAPACITIES))
-    def grow(self, capacity):
-        slots, _ = self.slots_and_rule(self.cache)
-        wanted = kv.num_slots(self.config, capacity, self.policy)[0]
-        longest = max(row.length for row in self.rows)
+    @sf.rule(capacity=st.sampled_from(CAPACITIES), with_config=st.booleans())
+    def grow(self, capacity, with_config):
+        """Leaf by leaf: one that has wrapped is a sliding window's and stays."""
         ring = self.policy.overflow == "ring"
+        config = self.config if with_config or ring else None
         grow = functools.partial(
-            mj.grow_cache, self.cache, capacity, config=self.config, policy=self.policy
+            mj.grow_cache, self.cache, capacity, config=config, policy=self.policy
         )
-        refused = slots < min(wanted, longest) if ring else longest > capacity
-        if refused:
+        slots = self.slots(self.cache)
+        wanted = np.full_like(slots, capacity)
+        if config is not None:
+            wanted = np.array(kv.num_slots(config, capacity, self.policy))
+        longest = max(row.length for row in self.rows)
+        old = [leaves(self.cache, layer) for layer in range(len(slots))]
+        refused = slots < np.minimum(wanted, longest) if ring else longest > capacity
+        if np.any(refused):
             with pytest.raises(mj.CacheOverflowError):
                 grow()
+            assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(old))
             return
-        old = jax.tree.map(np.asarray, leaves(self.cache))
-        old_leaves = leaves(self.cache).values()
+        before = jax.tree.map(np.asarray, old)
         self.cache = grow()
-        grown = slots < wanted
-        assert [leaf.is_deleted() for leaf in old_leaves] == [grown] * 2
-        assert self.slots_and_rule(self.cache)[0] == max(slots, wanted)
-        for name, leaf in leaves(self.cache).items():
-            np.testing.assert_array_equal(leaf[..., :slots, :], old[name])
-            assert not np.any(leaf[..., slots:, :])
+        grown = (slots < wanted) & (longest <= slots)
+        assert (
+            self.slots(self.cache).tolist() == np.where(grown, wanted, slots).tolist()
+        )
+        for layer, (was, now) in enumerate(zip(before, grown, strict=True)):
+            for name, leaf in leaves(self.cache, layer).items():
+                assert old[layer][name].is_deleted() == now
+                np.testing.assert_array_equal(leaf[..., : slots[layer], :], was[name])
+                assert not np.any(leaf[..., slots[layer] :, :])
 
     def other_rows(self, row):
         if len(self.rows) == 1:
@@ -360,21 +381,24 @@ class CacheMachine(sf.RuleBasedStateMachine):
     def slots_hold_what_the_model_says(self):
         if not hasattr(self, "cache"):
             return
-        slots, rule = self.slots_and_rule(self.cache)
         lengths = [row.length for row in self.rows]
         np.testing.assert_array_equal(self.cache["lengths"], lengths)
-        held = np.asarray(slot_positions(self.cache["lengths"], slots, rule))
-        contents = jax.tree.map(np.asarray, leaves(self.cache))
-        if len(self.rows) == 1:
-            contents = jax.tree.map(lambda leaf: leaf[None], contents)
-        for number, row in enumerate(self.rows):
-            positions = {slot: position for slot, (position, _) in row.held.items()}
-            found = {slot: p for slot, p in enumerate(held[number]) if p >= 0}
-            assert found == positions
-            order = sorted(row.held)
-            expected = token_values([row.held[slot][1] for slot in order])
-            for leaf, sign in ((contents["k"], 1), (contents["v"], -1)):
-                np.testing.assert_array_equal(leaf[number][:, order], sign * expected)
+        for layer, (slots, rule) in enumerate(self.layers(self.cache)):
+            held = np.asarray(slot_positions(self.cache["lengths"], slots, rule))
+            contents = jax.tree.map(np.asarray, leaves(self.cache, layer))
+            if len(self.rows) == 1:
+                contents = jax.tree.map(lambda leaf: leaf[None], contents)
+            for number, row in enumerate(self.rows):
+                model = row.held[layer]
+                positions = {slot: position for slot, (position, _) in model.items()}
+                found = {slot: p for slot, p in enumerate(held[number]) if p >= 0}
+                assert found == positions
+                order = sorted(model)
+                expected = token_values([model[slot][1] for slot in order])
+                for leaf, sign in ((contents["k"], 1), (contents["v"], -1)):
+                    np.testing.assert_array_equal(
+                        leaf[number][:, order], sign * expected
+                    )
 
 
 def run_machine(max_examples):
@@ -387,7 +411,7 @@ def run_machine(max_examples):
 
 
 def test_append_insert_evict_and_grow_agree_with_a_list_of_positions():
-    run_machine(60)
+    run_machine(80)
 
 
 @pytest.mark.slow
@@ -502,6 +526,65 @@ def test_slot_rule_follows_from_config_leaf_and_policy(
     cache = kv.cache_shapes(config, 1, capacity, policy=policy)
     slots = cache["layers_0"]["attention"]["k"].shape[-2]
     assert kv.slot_rule(config, window, slots, policy) == rule
+
+
+@pytest.mark.parametrize(
+    ("overflow", "capacity", "slots", "rules", "tokens"),
+    [
+        ("stop", None, (23, 96), ((True, 8), (False, None)), 96),
+        ("stop", 24, (23, 24), ((True, 8), (False, None)), 24),
+        ("stop", 23, (23, 23), ((True, 8), (False, None)), 23),
+        ("stop", 20, (20, 20), ((False, 8), (False, None)), 20),  # too few for a ring
+        ("ring", None, (23, 111), ((True, 8), (True, 96)), MAX_POSITIONS),
+        ("ring", 20, (23, 35), ((True, 8), (True, 20)), MAX_POSITIONS),
+        ("ring", 8, (23, 23), ((True, 8), (True, 8)), MAX_POSITIONS),
+        (
+            "ring",
+            4,
+            (19, 19),
+            ((True, 4), (True, 4)),
+            MAX_POSITIONS,
+        ),  # below the window
+    ],
+)
+def test_each_layer_of_a_mixed_model_has_its_own_slots_and_rule(
+    tiny_config, overflow, capacity, slots, rules, tokens
+):
+    """Layers 0 and 2 see 8 tokens and have chunks of 16, layer 1 sees all."""
+    config = tiny_config.replace(num_layers=3, sliding_window=8, global_layers=(1,))
+    policy = mj.CachePolicy(overflow=overflow)
+    assert kv.num_slots(config, capacity or 96, policy) == [*slots, slots[0]]
+    cache = kv.cache_shapes(config, 2, capacity, policy=policy)
+    found = [leaves(cache, layer)["v"].shape[-2] for layer in range(3)]
+    assert found == [*slots, slots[0]]
+    for layer, slots_here in enumerate(found):
+        wraps, window = rules[layer % 2]
+        rule = kv.slot_rule(config, config.window(layer), slots_here, policy)
+        assert rule == kv.SlotRule(wraps=wraps, window=window)
+    assert kv.token_capacity(config, cache, policy) == tokens
+    kv.check_cache(config, cache, policy)
+
+
+@pytest.mark.parametrize(
+    ("overflow", "capacity", "held", "back", "rewinds"),
+    [
+        ("stop", 96, 23, 23, True),  # the local ring has not wrapped
+        ("stop", 96, 24, 17, False),
+        ("stop", 96, 24, 16, True),  # a chunk, anywhere
+        ("stop", 20, 20, 20, True),
+        ("ring", 96, 24, 17, False),
+        ("ring", 96, 500, 16, True),
+        ("ring", 4, 19, 19, True),
+        ("ring", 4, 20, 17, False),
+    ],
+)
+def test_a_mixed_cache_goes_back_as_far_as_its_shortest_ring(
+    tiny_config, overflow, capacity, held, back, rewinds
+):
+    config = tiny_config.replace(sliding_window=8, global_layers=(0,))
+    policy = mj.CachePolicy(overflow=overflow)
+    cache = kv.cache_shapes(config, 1, capacity, policy=policy)
+    assert kv.can_rewind(config, cache, policy, held, held - back) == rewinds
 
 
 def test_chunk_longer_than_a_small_cache_with_a_window_is_written(tiny_config):
@@ -674,6 +757,20 @@ def test_a_sliding_window_grows_to_its_ring_and_no_further():
     grown = mj.grow_cache(held_cache(config, 4, capacity=4), 12, config=config)
     chex.assert_shape(leaves(grown)["k"], (2, K, 6, H))
     assert kv.token_capacity(config, grown, STOP_POLICY) == 12
+
+
+def test_a_mixed_cache_grows_where_a_layer_has_not_wrapped():
+    """The local ring, of 7 slots, has; the layer that sees everything has not."""
+    cache = held_cache(MIXED, 9, capacity=10)
+    contents = jax.tree.map(np.array, cache)
+    grown = mj.grow_cache(cache, 12, config=MIXED)
+    for layer, (old, new) in enumerate([(7, 7), (10, 12)]):
+        for name, leaf in leaves(grown, layer).items():
+            chex.assert_shape(leaf, (2, K, new, H))
+            np.testing.assert_array_equal(
+                leaf[:, :, :old], leaves(contents, layer)[name]
+            )
+    assert kv.token_capacity(MIXED, grown, STOP_POLICY) == 12
 
 
 # What is refused

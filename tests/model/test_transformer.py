@@ -69,6 +69,7 @@ VARIATIONS = {
         )
     },
     "partial_rotary": {"head_dim": 12, "rotary_dim": 8},
+    "odd_head_dim": {"head_dim": 7, "rotary_dim": 4},
     "global_layers": {"sliding_window": 5, "global_layers": (1,), "num_layers": 3},
     "local_theta": {
         "rope_scaling": LLAMA3,
@@ -222,9 +223,20 @@ def test_packed_documents_do_not_leak(tiny):
     assert np.all((seen > 0)[documents] == same[documents])
 
 
-@pytest.mark.parametrize("name", ["gqa", "all"])
-def test_packed_documents_equal_separate_ones(name):
-    model, params = build(**VARIATIONS[name])
+def shorter(name, original=6):
+    """A variation whose original context some documents here are longer than."""
+    changed = {"original_max_position_embeddings": original}
+    scaling = dataclasses.replace(VARIATIONS[name]["rope_scaling"], **changed)
+    return VARIATIONS[name] | {"rope_scaling": scaling}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [VARIATIONS["gqa"], VARIATIONS["all"], shorter("dynamic"), shorter("longrope")],
+    ids=["gqa", "all", "dynamic", "longrope"],
+)
+def test_packed_documents_equal_separate_ones(changes):
+    model, params = build(**changes)
     tokens = some_tokens((2, 20))
     # Any id may follow any other, and the second row ends in padding.
     segments = jnp.array([[3] * 8 + [1] * 4 + [2] * 8, [1] * 8 + [2] * 4 + [0] * 8])
@@ -236,6 +248,16 @@ def test_packed_documents_equal_separate_ones(name):
     for row, start, end in [(0, 0, 8), (0, 8, 12), (0, 12, 20), (1, 0, 8), (1, 8, 12)]:
         alone = forward(model, params, tokens[row : row + 1, start:end])
         close(packed[row, start:end], alone[0])
+
+
+@pytest.mark.parametrize("name", ["dynamic", "longrope"])
+def test_a_document_ends_where_its_row_does(name):
+    """Of 9 tokens 5 are valid: no more than the original context."""
+    model, params = build(**shorter(name))
+    tokens, ones = some_tokens((1, 9)), jnp.ones((1, 9), jnp.int32)
+    call = {"lengths": jnp.array([5]), "segment_ids": ones}
+    alone = forward(model, params, tokens[:, :5])
+    close(forward(model, params, tokens, **call)[:, :5], alone)
 
 
 def test_padding_changes_no_valid_logit(tiny):

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 import minillm_jax as mj
 from minillm_jax.decoding import decode
+from minillm_jax.model import attention
 from minillm_jax.planning import memory
 from minillm_jax.testing import tiny_config
 
@@ -23,9 +24,12 @@ def plan(config, batch_size=1, capacity=1024, forward_tokens=0, platform="cpu"):
     )
 
 
-@pytest.mark.parametrize("batch_size", [1, 8])
-def test_the_plan_holds_what_the_compiler_takes(batch_size):
-    config = mj.Configs.small().replace(num_layers=2, dtype="float32")
+MIXED = {"sliding_window": 64, "global_layers": (1,)}
+
+
+@pytest.mark.parametrize(("batch_size", "changes"), [(1, {}), (8, {}), (8, MIXED)])
+def test_the_plan_holds_what_the_compiler_takes(batch_size, changes):
+    config = mj.Configs.small().replace(num_layers=2, dtype="float32", **changes)
     model = mj.create_model(config)
     params = jax.eval_shape(lambda: mj.init_params(model))
     cache = jax.eval_shape(lambda: mj.init_cache(config, batch_size, 1024))
@@ -55,6 +59,16 @@ def test_what_is_converted_to_another_dtype_is_counted():
     assert plan(stored).conversion_bytes == 2 * plan(stored).weights_bytes
 
 
+def test_the_cache_of_the_largest_layer_is_what_is_converted_at_once():
+    """Of four layers, that one has nearly all the slots."""
+    config = mj.Configs.small().replace(
+        num_layers=4, prefill_chunk=16, dtype="float32", cache_dtype="bfloat16", **MIXED
+    )
+    largest = 2 * 4 * 2048 * config.num_kv_heads * config.head_dim
+    planned = plan(config, capacity=2048, platform="gpu")
+    assert planned.conversion_bytes >= largest
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
 def test_the_plan_holds_the_float32_copies_of_a_bfloat16_decode(batch_size):
     """XLA on CPU keeps all of them at once for one row, whatever the JAX version."""
@@ -79,10 +93,13 @@ def test_the_plan_holds_the_float32_copies_of_a_bfloat16_decode(batch_size):
     layers=st.integers(1, 100),
     more=st.sampled_from(["batch_size", "capacity", "layers"]),
 )
-def test_more_never_needs_less(batch_size, capacity, layers, more):
+def test_more_never_needs_less_but_where_query_blocks_halve(
+    batch_size, capacity, layers, more
+):
     def total(batch_size, capacity, layers):
         config = tiny_config(num_layers=layers, max_kv_cache_len=8192)
         return plan(config, batch_size, capacity).total_bytes
 
     sizes = {"batch_size": batch_size, "capacity": capacity, "layers": layers}
-    assert total(**(sizes | {more: sizes[more] + 1})) >= total(**sizes)
+    halved = 3 * attention.SCORE_BYTES / 2 * memory.MARGIN
+    assert total(**(sizes | {more: sizes[more] + 1})) >= total(**sizes) - halved
