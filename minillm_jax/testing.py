@@ -212,23 +212,25 @@ def _frequencies(config: ModelConfig, local: bool, length: int):
         original = scaling.original_max_position_embeddings
         grown = scaling.factor * max(length, original) / original - scaling.factor + 1
         theta *= grown ** (dim / (dim - 2))
-    pairs = [1.0 / theta ** (2 * i / dim) for i in range(dim // 2)]
+    # In float32, step by step: such numbers the models were trained with.
+    powers = [
+        np.float32(theta ** float(np.float32(2 * i / dim))) for i in range(dim // 2)
+    ]
     if scaling is None or scaling.rope_type == "dynamic":
-        return np.array(pairs), 1.0
-    scaled = [_scaled(scaling, f, i, length, theta, dim) for i, f in enumerate(pairs)]
-    return np.array(scaled), _cosine_factor(scaling)
+        return np.array([1 / power for power in powers], float), 1.0
+    scaled = [_scaled(scaling, p, i, length, theta, dim) for i, p in enumerate(powers)]
+    return np.array(scaled, float), _cosine_factor(scaling)
 
 
-def _scaled(scaling, frequency: float, pair: int, length: int, theta, dim) -> float:
+def _scaled(scaling, power, pair: int, length: int, theta, dim) -> float:
     """A pair's frequency; `llama3` and `yarn` are told by wavelengths, in tokens."""
     original, kind = scaling.original_max_position_embeddings, scaling.rope_type
+    frequency = 1 / power
     if kind == "linear":
         return frequency / scaling.factor
     if kind == "longrope":
-        beyond = length > original
-        return (
-            frequency / (scaling.long_factor if beyond else scaling.short_factor)[pair]
-        )
+        divisors = scaling.long_factor if length > original else scaling.short_factor
+        return 1 / (divisors[pair] * power)
     if kind == "yarn":
         bounds = [
             dim * math.log(original / (beta * 2 * math.pi)) / (2 * math.log(theta))

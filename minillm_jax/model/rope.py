@@ -37,54 +37,62 @@ def cos_sin(
     """
     own_base = local and config.local_rope_theta is not None
     theta = config.local_rope_theta if own_base else config.rope_theta
-    exponents = np.arange(0, config.rotary_dim, 2, dtype=np.float64) / config.rotary_dim
-    plain = float(theta or 0.0) ** -exponents
+    exponents = np.arange(0, config.rotary_dim, 2).astype(np.float32)
+    exponents = (exponents / np.float32(config.rotary_dim)).astype(np.float64)
+    powers = (float(theta or 0.0) ** exponents).astype(np.float32)
     scaling = None if own_base else config.rope_scaling
-    frequencies, factor = _frequencies(plain, scaling, lengths)
+    frequencies, factor = _frequencies(powers, scaling, lengths)
     angles = positions[..., None].astype(jnp.float32) * frequencies
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     return (cos, sin) if factor == 1.0 else (cos * factor, sin * factor)
 
 
 def _frequencies(
-    plain: np.ndarray, scaling: RopeScaling | None, lengths: Int[Array, "B U"]
+    powers: np.ndarray, scaling: RopeScaling | None, lengths: Int[Array, "B U"]
 ) -> tuple[Float[Array, "#B #U R"], float]:
-    """Radians per token of each pair, float32, and the factor of cosine and sine."""
-    factor = 1.0
-    if scaling is not None and scaling.rope_type in _BY_LENGTH:
+    """Radians per token of each pair, and the factor of cosine and sine.
+
+    `powers` are the base's, theta^(i / R). All of it is float32 and in the order of the
+    models' own code: a unit in the last place is multiplied by the position.
+    """
+    if scaling is None:
+        return jnp.asarray(1.0 / powers)[None, None], 1.0
+    if scaling.rope_type in _BY_LENGTH:
         longer = lengths[..., None].astype(jnp.float32)
-        by_length, factor = _BY_LENGTH[scaling.rope_type](plain, scaling, longer)
-        return by_length, factor
-    if scaling is not None:
-        plain, factor = _SCALINGS[scaling.rope_type](plain, scaling)
-    return jnp.asarray(plain.astype(np.float32))[None, None], factor
+        return _BY_LENGTH[scaling.rope_type](powers, scaling, longer)
+    frequencies, factor = _SCALINGS[scaling.rope_type](powers, scaling)
+    assert frequencies.dtype == np.float32
+    return jnp.asarray(frequencies)[None, None], factor
 
 
-def _linear(plain: np.ndarray, scaling: RopeScaling) -> tuple[np.ndarray, float]:
+def _linear(powers: np.ndarray, scaling: RopeScaling) -> tuple[np.ndarray, float]:
     """Position interpolation (Chen et al. 2023, arXiv:2306.15595)."""
-    return plain / scaling.factor, 1.0
+    return 1.0 / powers / scaling.factor, 1.0
 
 
-def _llama3(plain: np.ndarray, scaling: RopeScaling) -> tuple[np.ndarray, float]:
+def _llama3(powers: np.ndarray, scaling: RopeScaling) -> tuple[np.ndarray, float]:
     """Llama 3.1's rule (arXiv:2407.21783): slow pairs / factor, fast ones unchanged.
 
     A pair's share of the unscaled frequency grows linearly with the number of turns it
     makes over the original context, from 0 at low_freq_factor to 1 at high_freq_factor.
     """
-    turns = scaling.original_max_position_embeddings * plain / (2 * math.pi)
+    plain, original = 1.0 / powers, scaling.original_max_position_embeddings
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    share = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    return share * plain + (1 - share) * plain / scaling.factor, 1.0
+    wavelengths = 2 * math.pi / plain
+    share = (original / wavelengths - low) / (high - low)
+    between = (1 - share) * plain / scaling.factor + share * plain
+    slow, fast = wavelengths > original / low, wavelengths < original / high
+    return np.where(slow, plain / scaling.factor, np.where(fast, plain, between)), 1.0
 
 
-def _yarn(plain: np.ndarray, scaling: RopeScaling) -> tuple[np.ndarray, float]:
+def _yarn(powers: np.ndarray, scaling: RopeScaling) -> tuple[np.ndarray, float]:
     """YaRN (Peng et al. 2023, arXiv:2309.00071), section 3.2 and 3.4.
 
     A ramp over the pairs, from those that turn beta_fast times in the original context
     (unscaled) to those that turn beta_slow times (/ factor).
     """
-    original, pairs = scaling.original_max_position_embeddings, len(plain)
-    per_pair = -math.log(plain[1]) if pairs > 1 else 1.0  # log of theta^(1 / R)
+    original, pairs = scaling.original_max_position_embeddings, len(powers)
+    per_pair = math.log(powers[1])  # of theta^(1 / R)
 
     def pair(turns: float) -> float:
         return math.log(original / (2 * math.pi * turns)) / per_pair
@@ -94,31 +102,31 @@ def _yarn(plain: np.ndarray, scaling: RopeScaling) -> tuple[np.ndarray, float]:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, 2 * pairs - 1)
     width = last - first if last != first else 0.001
-    slow = np.clip((np.arange(pairs) - first) / width, 0.0, 1.0)
-    frequencies = slow * plain / scaling.factor + (1 - slow) * plain
+    slow = np.clip((np.arange(pairs, dtype=np.float32) - first) / width, 0.0, 1.0)
+    frequencies = 1.0 / (scaling.factor * powers) * slow + 1.0 / powers * (1 - slow)
     if scaling.attention_factor is not None:
         return frequencies, scaling.attention_factor
     return frequencies, 0.1 * math.log(scaling.factor) + 1.0
 
 
 def _dynamic(
-    plain: np.ndarray, scaling: RopeScaling, lengths: Float[Array, "B U 1"]
+    powers: np.ndarray, scaling: RopeScaling, lengths: Float[Array, "B U 1"]
 ) -> tuple[Float[Array, "B U R"], float]:
     """Dynamic NTK-aware scaling (YaRN's appendix B.2, arXiv:2309.00071).
 
     The base grows with the sequence beyond the original context n:
     theta (factor length / n - (factor - 1))^(d / (d - 2)), d = 2 R.
     """
-    original, dim = scaling.original_max_position_embeddings, 2 * len(plain)
+    original, dim = scaling.original_max_position_embeddings, 2 * len(powers)
     share = jnp.maximum(lengths, original) / original
     stretch = scaling.factor * share - (scaling.factor - 1.0)
     exponents = (np.arange(0, dim, 2) / (dim - 2)).astype(np.float32)
     slower = jnp.exp(-jnp.log(stretch) * exponents[None, None])
-    return jnp.asarray(plain.astype(np.float32))[None, None] * slower, 1.0
+    return jnp.asarray(1.0 / powers)[None, None] * slower, 1.0
 
 
 def _longrope(
-    plain: np.ndarray, scaling: RopeScaling, lengths: Float[Array, "B U 1"]
+    powers: np.ndarray, scaling: RopeScaling, lengths: Float[Array, "B U 1"]
 ) -> tuple[Float[Array, "B U R"], float]:
     """LongRoPE (Ding et al. 2024, arXiv:2402.13753), as Phi-3 uses it.
 
@@ -126,10 +134,8 @@ def _longrope(
     and sine times sqrt(1 + log(factor) / log(n)).
     """
     original = scaling.original_max_position_embeddings
-    sets = [np.array(f) for f in (scaling.long_factor, scaling.short_factor)]
-    long, short = [
-        (plain / divisors).astype(np.float32)[None, None] for divisors in sets
-    ]
+    sets = (scaling.long_factor, scaling.short_factor)
+    long, short = [(1.0 / (np.array(f, np.float32) * powers))[None, None] for f in sets]
     frequencies = jnp.where(lengths > original, long, short)
     if scaling.attention_factor is not None:
         return frequencies, scaling.attention_factor
