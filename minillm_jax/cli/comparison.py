@@ -9,13 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from minillm_jax.config import ModelConfig
 from minillm_jax.decoding import generator
 from minillm_jax.decoding.sampling import GREEDY
+from minillm_jax.model import rope
 from minillm_jax.model.transformer import MiniLLM
 from minillm_jax.weights import load
 
 TOLERANCE = 1e-4  # of float32 logits, times the largest where that is above 1
-LENGTHS = (16, 256)  # tokens of the sequences that are compared, as far as they fit
+LENGTHS = (
+    16,
+    256,
+    2048,
+)  # tokens of the sequences that are compared, as far as they fit
 NEW_TOKENS = 32
 
 
@@ -36,8 +42,7 @@ def lines(
 ) -> Iterator[Line]:
     """Compares, a line each."""
     folder = pathlib.Path(folder)
-    _, family = load.read_config(folder)
-    back = load.read_params(folder, model.config, family)
+    back = load.read_params(folder, model.config, load.read_family(folder))
     same = jax.tree.map(lambda a, b: np.array_equal(_bits(a), _bits(b)), params, back)
     bits = all(jax.tree.leaves(same))
     yield Line("read again: every parameter is the same, bit for bit", bits)
@@ -48,16 +53,28 @@ def lines(
     except ImportError as error:
         yield Line(f"transformers' logits and tokens: {error}", None)
         return
+    try:
+        yield from _beside(transformers, torch, model.config, params, folder)
+    except Exception as error:  # whatever transformers finds wrong with the folder
+        reason = " ".join(str(error).split())[:200]
+        yield Line(f"transformers: {type(error).__name__}: {reason}", False)
+
+
+def _beside(
+    transformers: Any,
+    torch: Any,
+    config: ModelConfig,
+    params: dict[str, Any],
+    folder: pathlib.Path,
+) -> Iterator[Line]:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     )
     theirs.generation_config.eos_token_id = None  # neither ends before the other
-    config = model.config.replace(
-        dtype="float32", param_dtype="float32", cache_dtype="float32", eos_token_ids=()
-    )
-    ours = MiniLLM(config)
+    floats = dict.fromkeys(("dtype", "param_dtype", "cache_dtype"), "float32")
+    ours = MiniLLM(config.replace(**floats, eos_token_ids=()))
     params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
     draw = np.random.default_rng(0)
     for length in sorted({min(length, config.max_seq_len) for length in LENGTHS}):
@@ -98,8 +115,10 @@ def _greedy(ours: MiniLLM, params: Any, theirs: Any) -> Line:
             attention_mask=torch.ones_like(ids),
             do_sample=False,
             max_new_tokens=new,
+            # Beyond longrope's original context theirs keeps keys of the shorter one.
+            use_cache=rope.turning_point(ours.config) is None,
         )
     other = other[0, len(prompt) :].tolist()
     same = sum(a == b for a, b in zip(mine.tokens, other, strict=False))
-    text = f"transformers' greedy tokens, cached: {same} of {new} the same"
+    text = f"transformers' greedy tokens: {same} of {new} the same"
     return Line(text, same == new)

@@ -10,6 +10,7 @@ compares the logits with transformers', where that is installed with torch; it p
 line for each comparison, and exits with 1 if one fails.
 """
 
+import pathlib
 import sys
 from typing import Any
 
@@ -29,7 +30,18 @@ def define_flags() -> None:
     """Defines everything but --config and --model."""
     flags.DEFINE_string("out", None, "The folder to write.")
     flags.DEFINE_enum("dtype", None, FLOAT_DTYPES, "Of what is written; else as it is.")
+    flags.DEFINE_bool("overwrite", False, "Replace a model that --out has already.")
     flags.DEFINE_bool("check", False, "Compare it with transformers.")
+
+
+def _check_out(out: pathlib.Path) -> None:
+    """Raises UserError where something would be lost, before any work."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out={out}: is not a folder")
+    if (out / "config.json").exists() and not FLAGS.overwrite:
+        raise UserError(
+            f"--out={out}: has a model already; give --overwrite to replace it"
+        )
 
 
 def main(config: Any) -> None:
@@ -37,6 +49,8 @@ def main(config: Any) -> None:
     folder = model_folder.folder(config)
     if FLAGS.out is None and (not FLAGS.check or folder is None):
         raise UserError("nothing to do: give --out=FOLDER, or --model=FOLDER --check")
+    if FLAGS.out is not None:
+        _check_out(pathlib.Path(FLAGS.out))
     model_config = config_files.model_config(config)
     dtype = FLAGS.dtype
     if dtype is None and folder is not None and model_config.param_dtype == "auto":

@@ -82,6 +82,8 @@ def _tokenizer(folder: pathlib.Path | None) -> chat.ChatTokenizer:
         return tokenizers.load_tokenizer(FLAGS.tokenizer)
     if folder is not None and (folder / "tokenizer.json").is_file():
         return tokenizers.load_tokenizer(folder)
+    if folder is not None:
+        print(f"generate: {folder} has no tokenizer.json: bytes", file=sys.stderr)
     return tokenizers.ByteTokenizer()
 
 

@@ -34,6 +34,11 @@ def put_in(config: Any, path: str, overrides: Mapping[str, Any]) -> None:
         for name, value in overrides.items()
         if name.startswith(_SECTION)
     }
+    if "model.max_seq_len" not in overrides:  # what a shorter cache can hold
+        longest = fields["max_kv_cache_len"]
+        fields["max_seq_len"] = min(fields["max_seq_len"], longest)
+        if "prefill_chunk" in fields and "model.prefill_chunk" not in overrides:
+            fields["prefill_chunk"] = min(fields["prefill_chunk"], longest)
     with config.unlocked():
         config.model_path = str(folder)
         config.model = config_files.model_section(fields)
@@ -55,5 +60,4 @@ def params(config: Any, model: MiniLLM) -> dict[str, Any]:
     if found is None:
         with progress.spinner("making random weights"):
             return jax.block_until_ready(transformer.init_params(model))
-    _, family = load.read_config(found)
-    return load.read_params(found, model.config, family)
+    return load.read_params(found, model.config, load.read_family(found))

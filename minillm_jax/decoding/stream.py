@@ -128,7 +128,10 @@ class Stream:
 
     @property
     def prefilled_tokens(self) -> int:
-        """Tokens of the prompts that were prefilled; a session's cache had the rest."""
+        """Tokens that were prefilled; a session's cache had the rest of the prompts.
+
+        Those that were prefilled again, beyond `rope.turning_point`, count again.
+        """
         return self._loop.prefilled_tokens
 
     @property

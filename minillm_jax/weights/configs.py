@@ -70,7 +70,7 @@ def read_config(
             f"architecture {validation.shown(name)} is not known; known: {known}", where
         )
     kind = values.get("model_type")
-    if kind != family.model_type and kind in [f.model_type for f in FAMILIES]:
+    if kind not in (None, family.whole_type or family.model_type):
         raise CheckpointError(
             f"architectures={family.architecture} and model_type={kind} contradict",
             where,
@@ -164,14 +164,14 @@ def _fields(
     known = _ACTIVATIONS
     if family.model_type == "gemma":  # whose first configs meant the approximation
         known = {**known, "gelu": "gelu_tanh"}
-    name = values[key]
-    fields["activation"] = known.get(name, name) if isinstance(name, str) else str(name)
+    name = validation.shown(values[key]).strip("'")
+    if name not in known:
+        problems.append(f"{key}={name}: must be one of {', '.join(known)}")
+    fields["activation"] = known.get(name)
     if family.fields.get("norm_unit_offset") and _is_size(values.get("hidden_size")):
         fields["embedding_scale"] = math.sqrt(values["hidden_size"])
     fields |= windows.read(values, family, problems)
-    turns = rope_parameters.read(values, problems)
-    if "local_rope_theta" in turns and "rope_local_base_freq" not in family.keys:
-        problems.append(f"rope_local_base_freq: {family.architecture} has none")
+    turns = rope_parameters.read(values, family, problems)
     part = turns.pop("partial_rotary_factor", None)
     fields |= turns
     scaling = turns.get("rope_scaling")
@@ -183,8 +183,15 @@ def _fields(
         head = values.get("head_dim") or _quotient(values)
         number = isinstance(part, float) and 0.0 < part < 1.0 and _is_size(head)
         fields["rotary_dim"] = int((head or 0) * part) if number else part
-        if family.model_type != "phi3":
-            problems.append(f"partial_rotary_factor={part}: only known for Phi-3")
+        if not family.partial_rotary:
+            problems.append(
+                f"partial_rotary_factor={part}: {family.architecture} has none"
+            )
+    own_head = values["head_dim"] not in (None, _quotient(values))
+    if family.partial_rotary and scaling is not None and own_head:
+        problems.append(
+            "head_dim: must be hidden_size / num_attention_heads beside longrope"
+        )
     return fields | _lengths(values, problems)
 
 
@@ -214,7 +221,7 @@ def write_config(config: ModelConfig) -> tuple[dict[str, Any], Family]:
       ConfigError: where no architecture of transformers has all of its fields, with
         those that keep it from the nearest.
     """
-    nearest: list[str] = []
+    problems: list[list[str]] = []
     for family in (family for family in FAMILIES if family.section is None):
         values = _values(config, family)
         try:
@@ -224,9 +231,9 @@ def write_config(config: ModelConfig) -> tuple[dict[str, Any], Family]:
             wrong = list(error.problems)
         if not wrong:
             return values, family
-        wrong = [f"{problem} ({family.architecture})" for problem in wrong]
-        if not nearest or len(wrong) < len(nearest):
-            nearest = wrong
+        problems.append([f"{problem} ({family.architecture})" for problem in wrong])
+    least = min(map(len, problems))
+    nearest = [problem for p in problems if len(p) == least for problem in p]
     raise ConfigError(
         ["no architecture of transformers has all fields of this config", *nearest]
     )

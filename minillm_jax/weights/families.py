@@ -20,12 +20,17 @@ class Family:
     # Keys of config.json -> what is taken where they are not there; None = not set.
     keys: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     windows: str = "none"  # a sliding window in "none", "all" or "some" layers
+    # RoPE has an entry for each type of layer, in files of transformers 5.
+    rope_by_layer: bool = False
+    rope_aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    partial_rotary: bool = False
     rope_types: tuple[str, ...] = ("linear", "dynamic", "llama3", "yarn", "longrope")
     fused: bool = False  # q, k and v in one tensor, gate and up in another
     divides: bool = False  # transformers asks that the heads divide the model dim
     # Of a model that is the text part of another: the section of config.json, what its
     # tensors' names begin with there -> alone, and the other parts' begin with.
     section: str | None = None
+    whole_type: str | None = None  # its model_type
     prefixes: Mapping[str, str] = dataclasses.field(default_factory=dict)
     others: tuple[str, ...] = ()
 
@@ -73,17 +78,18 @@ _GEMMA_3 = Family(
     model_type="gemma3_text",
     fields={**_GEMMA_FIELDS, "post_norms": True, "qk_norm": True},
     keys={
-        **_GEMMA_2,
+        # Whose soft-cap of the scores transformers has in the config, and leaves out.
+        **{k: v for k, v in _GEMMA_2.items() if k != "attn_logit_softcapping"},
         "num_attention_heads": 8,
         "vocab_size": 262208,
         "max_position_embeddings": 131072,
-        "attn_logit_softcapping": None,
         "final_logit_softcapping": None,
         "rope_theta": 1e6,
         "rope_local_base_freq": 10000.0,
         "sliding_window_pattern": 6,
     },
     windows="some",
+    rope_by_layer=True,
     divides=True,
 )
 
@@ -133,6 +139,8 @@ FAMILIES = (
         },
         windows="all",
         rope_types=("longrope",),
+        rope_aliases={"su": "longrope", "yarn": "longrope"},  # when Phi-3 came out
+        partial_rotary=True,
         fused=True,
     ),
     Family(
@@ -176,7 +184,10 @@ FAMILIES = (
     dataclasses.replace(
         _GEMMA_3,
         architecture="Gemma3ForConditionalGeneration",
+        # transformers leaves out this soft-cap too, where there are images.
+        keys={k: v for k, v in _GEMMA_3.keys.items() if k != "final_logit_softcapping"},
         section="text_config",
+        whole_type="gemma3",
         prefixes={"language_model.": "", "model.language_model.": "model."},
         others=(
             *("vision_tower.", "multi_modal_projector."),  # transformers 4

@@ -17,7 +17,7 @@ from minillm_jax import progress
 from minillm_jax.config import ModelConfig
 from minillm_jax.model.transformer import MiniLLM, create_model
 from minillm_jax.text.tokenizer import FileTokenizer, load_tokenizer
-from minillm_jax.weights import configs, files, hub, names
+from minillm_jax.weights import configs, families, files, hub, names
 from minillm_jax.weights.errors import CheckpointError
 from minillm_jax.weights.families import Family
 
@@ -76,6 +76,13 @@ def read_config(
         where=file,
     )
     return (config if dtype is None else config.replace(dtype=dtype)), family
+
+
+def read_family(folder: pathlib.Path) -> Family:
+    """The architecture of a folder whose config has been read."""
+    family = families.by_name(files.read_json(folder, "config.json"))
+    assert family is not None
+    return family
 
 
 def stored_dtype(folder: pathlib.Path) -> str:

@@ -10,11 +10,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from minillm_jax.config import ModelConfig
+from minillm_jax.weights.families import Family
 
 KEYS = (
     *("rope_theta", "rope_scaling", "rope_parameters", "rope_local_base_freq"),
     *("partial_rotary_factor", "original_max_position_embeddings"),
 )
+FULL, SLIDING = "full_attention", "sliding_attention"
 _EVERY_TYPE = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
 _ORIGINAL = "original_max_position_embeddings"
 # Keys of each type. They are the fields of a RopeScaling, but for yarn's two of mscale.
@@ -34,11 +36,14 @@ _BY_TYPE = {
 _Problems = list[str]
 
 
-def read(values: Mapping[str, Any], problems: _Problems) -> dict[str, Any]:
+def read(
+    values: Mapping[str, Any], family: Family, problems: _Problems
+) -> dict[str, Any]:
     """The fields that RoPE's keys of a config.json make; what is wrong is appended.
 
     Args:
       values: config.json, with what its family takes for keys that are not there.
+      family: its architecture.
       problems: of the whole file so far.
 
     Returns:
@@ -46,35 +51,47 @@ def read(values: Mapping[str, Any], problems: _Problems) -> dict[str, Any]:
       `partial_rotary_factor`, which is no field.
     """
     name = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
-    given = values.get(name) or {}
+    given, local = values.get(name) or {}, values.get("rope_local_base_freq")
     if not isinstance(given, Mapping):
         problems.append(f"{name}={given!r}: must be an object")
         return {}
-    local = values.get("rope_local_base_freq")
-    if "full_attention" in given or "sliding_attention" in given:
-        parts = [
-            given.get(key) or {} for key in ("full_attention", "sliding_attention")
-        ]
-        if not all(isinstance(part, Mapping) for part in parts):
-            problems.append(f"{name}={dict(given)!r}: must hold objects")
-            return {}
-        sliding = parts[1]
-        if set(given) - {"full_attention", "sliding_attention"} or _type(sliding):
-            problems.append(
-                f"{name}: only the layers of full attention can have a scaling"
-            )
-        local = sliding.get("rope_theta", local)
-        given = parts[0]
-    elif local is not None and given and name == "rope_parameters":
-        problems.append(f"{name}: must be by full_attention and sliding_attention")
+    if local is not None and not family.rope_by_layer:
+        problems.append(f"rope_local_base_freq: {family.architecture} has none")
+    if family.rope_by_layer and values.get("rope_parameters"):
+        given, local = _by_layer(values, problems)
+    elif set(given) & {FULL, SLIDING}:
+        problems.append(f"{name}: {family.architecture} has one for all layers")
     fields = {
         "rope_theta": given.get("rope_theta", values["rope_theta"]),
-        "rope_scaling": _scaling(values, given, name, problems),
+        "rope_scaling": _scaling(values, family, given, problems),
         "partial_rotary_factor": given.get(
             "partial_rotary_factor", values.get("partial_rotary_factor")
         ),
     }
     return fields if local is None else fields | {"local_rope_theta": local}
+
+
+def _by_layer(
+    values: Mapping[str, Any], problems: _Problems
+) -> tuple[Mapping[str, Any], Any]:
+    """The entry of the layers of full attention, and the base of the others."""
+    given, none = values["rope_parameters"], ({}, None)
+    if values.get("rope_scaling"):
+        problems.append("rope_scaling and rope_parameters: give one")
+        return none
+    if not isinstance(given, Mapping) or set(given) - {FULL, SLIDING}:
+        problems.append(f"rope_parameters: must have {FULL} and {SLIDING}, no others")
+        return none
+    full, sliding = given.get(FULL) or {}, given.get(SLIDING) or {}
+    if not isinstance(full, Mapping) or not isinstance(sliding, Mapping):
+        problems.append("rope_parameters: must hold objects")
+        return none
+    if _type(sliding) is not None:
+        problems.append(f"rope_parameters: only {FULL} can have a scaling")
+    if full.get(_ORIGINAL) is None and values.get(_ORIGINAL) is not None:
+        problems.append(f"{_ORIGINAL}: must be in rope_parameters, with {FULL}")
+    base = sliding.get("rope_theta", values.get("rope_local_base_freq"))
+    return full, base
 
 
 def _type(given: Mapping[str, Any]) -> str | None:
@@ -84,12 +101,15 @@ def _type(given: Mapping[str, Any]) -> str | None:
 
 
 def _scaling(
-    values: Mapping[str, Any], given: Mapping[str, Any], name: str, problems: _Problems
+    values: Mapping[str, Any],
+    family: Family,
+    given: Mapping[str, Any],
+    problems: _Problems,
 ) -> dict[str, Any] | None:
     """The fields of a RopeScaling."""
-    kind = _type(given)
-    if values["model_type"] == "phi3" and kind in ("su", "yarn"):
-        kind = "longrope"  # as it was called when Phi-3 came out
+    kind, name = _type(given), "rope_scaling"
+    if isinstance(kind, str):
+        kind = family.rope_aliases.get(kind, kind)
     known = _BY_TYPE.get(kind or "default") if isinstance(kind, str | None) else None
     if known is None:
         types = ", ".join(_BY_TYPE)
@@ -105,16 +125,17 @@ def _scaling(
     if kind == "dynamic":
         fields[_ORIGINAL] = longest
     elif _ORIGINAL in known:
-        outside = values.get(_ORIGINAL)
+        outside = None if family.rope_by_layer else values.get(_ORIGINAL)
         inside = fields.get(_ORIGINAL, longest)
         fields[_ORIGINAL] = inside if outside is None else outside
     scales = [fields.pop(key, None) for key in ("mscale", "mscale_all_dim")]
     try:
         if kind in ("yarn", "longrope"):
-            fields.setdefault("factor", max(1.0, longest / fields[_ORIGINAL]))
+            grown = longest / fields[_ORIGINAL]
+            fields.setdefault("factor", grown if kind == "yarn" else max(1.0, grown))
         if all(scales):
-            grown = [0.1 * s * math.log(fields["factor"]) + 1.0 for s in scales if s]
-            fields.setdefault("attention_factor", grown[0] / grown[1])
+            mscales = [0.1 * s * math.log(fields["factor"]) + 1.0 for s in scales if s]
+            fields.setdefault("attention_factor", mscales[0] / mscales[1])
     except (TypeError, ValueError, ArithmeticError):
         problems.append(f"{name}: {dict(given)!r} must hold numbers")
     return fields | {"rope_type": kind}

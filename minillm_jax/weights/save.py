@@ -24,6 +24,10 @@ from minillm_jax.weights import configs, files, names
 from minillm_jax.weights.families import Family
 
 SHARD_BYTES = 4 * 10**9  # of one file, but for a tensor that is larger
+_LAST = "config.json"
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+_TOKENIZER = ("tokenizer.json", *tokenizer_files.BESIDE)
+_Place = tuple[names.Parameter, names.Piece]
 
 
 def save_pretrained(
@@ -69,11 +73,6 @@ def save_pretrained(
         _write_json(new / _LAST, values | {"torch_dtype": dtype})
 
 
-_LAST = "config.json"
-_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
-_TOKENIZER = ("tokenizer.json", *tokenizer_files.BESIDE)
-
-
 def _write_weights(
     folder: pathlib.Path,
     model: MiniLLM,
@@ -84,7 +83,7 @@ def _write_weights(
     """Writes one file, or several and their index."""
     places = _places(model, family)
     sizes = {
-        name: math.prod(shape) * _leaf(params, places[name][0]).dtype.itemsize
+        name: math.prod(shape) * _leaf(params, places[name][0][0]).dtype.itemsize
         for name, shape in names.tensors(model.config, family).items()
     }
     shards = _shards(sizes, shard_bytes)
@@ -104,9 +103,9 @@ def _write_weights(
         _write_json(folder / files.INDEX, {"metadata": total, "weight_map": index})
 
 
-def _places(model: MiniLLM, family: Family) -> dict[str, list[Any]]:
+def _places(model: MiniLLM, family: Family) -> dict[str, list[_Place]]:
     """The parameters and pieces that each tensor is made of, the first rows first."""
-    places: dict[str, list[Any]] = {}
+    places: dict[str, list[_Place]] = {}
     for parameter in names.parameters(model.config, family):
         for piece in parameter.pieces:
             places.setdefault(piece.tensor, []).append((parameter, piece))
@@ -125,18 +124,18 @@ def _shards(sizes: Mapping[str, int], most: int) -> list[list[str]]:
     return shards
 
 
-def _leaf(params: Mapping[str, Any], place: Any) -> Any:
+def _leaf(params: Mapping[str, Any], parameter: names.Parameter) -> Any:
     node: Any = params
-    for name in place[0].path:
+    for name in parameter.path:
         node = node[name]
     return node
 
 
-def _tensor(params: Mapping[str, Any], places: list[Any]) -> np.ndarray:
+def _tensor(params: Mapping[str, Any], places: list[_Place]) -> np.ndarray:
     """A tensor as the file has it."""
     parts = []
     for parameter, piece in places:
-        view = piece.view(np.asarray(_leaf(params, (parameter, piece))))
+        view = piece.view(np.asarray(_leaf(params, parameter)))
         count = names.rows(parameter, piece)
         parts.append(view.reshape(count, *piece.columns))
     return np.ascontiguousarray(parts[0] if len(parts) == 1 else np.concatenate(parts))
@@ -158,6 +157,8 @@ def _staged(folder: pathlib.Path) -> Iterator[pathlib.Path]:
         yield new
         (folder / _LAST).unlink(missing_ok=True)
         for file in folder.iterdir():  # of the model that was there
+            if file.is_dir():
+                continue
             if _WEIGHTS.fullmatch(file.name) or file.name in _TOKENIZER:
                 file.unlink()
         for file in sorted(new.iterdir(), key=lambda file: file.name == _LAST):

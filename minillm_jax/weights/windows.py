@@ -8,8 +8,7 @@ from typing import Any
 
 from minillm_jax.config import MAX_LAYERS, ModelConfig
 from minillm_jax.weights.families import Family
-
-FULL, SLIDING = "full_attention", "sliding_attention"
+from minillm_jax.weights.rope_parameters import FULL, SLIDING
 
 
 def read(
@@ -17,6 +16,8 @@ def read(
 ) -> dict[str, Any]:
     """`sliding_window` and `global_layers`; what is wrong is appended."""
     window, count = values.get("sliding_window"), values.get("num_hidden_layers")
+    if "use_sliding_window" in family.keys and not values["use_sliding_window"]:
+        window = None
     if family.windows == "none" or window is None:
         if SLIDING in str(values.get("layer_types")):
             problems.append(f"layer_types: {SLIDING} needs a sliding_window")
@@ -25,8 +26,6 @@ def read(
         return {}
     if family.windows == "all":
         return {"sliding_window": window}
-    if "use_sliding_window" in family.keys and not values["use_sliding_window"]:
-        return {}
     types = _layer_types(values, family, count, problems)
     global_layers = [i for i, name in enumerate(types) if name == FULL]
     if len(global_layers) == len(types):

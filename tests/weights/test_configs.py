@@ -311,7 +311,8 @@ def test_activations_are_those_that_transformers_means(model_type, key, name, ex
 )
 def test_an_activation_that_is_not_known_is_refused(model_type, key, name):
     assert any(
-        "activation" in problem for problem in problems_of(model_type, **{key: name})
+        "must be one of" in problem
+        for problem in problems_of(model_type, **{key: name})
     )
 
 
@@ -532,7 +533,6 @@ WINDOW = {"sliding_window": 8}
             {"use_sliding_window": True, "layer_types": [SLIDING, FULL, SLIDING]},
             [8, None, 8],
         ),
-        ("qwen3", {"layer_types": [SLIDING, FULL, SLIDING]}, [None] * 3),
         ("ministral", {}, [8, 8, 8]),
         ("ministral", {"layer_types": [FULL, SLIDING, FULL]}, [None, 8, None]),
         ("ministral", {"layer_types": [FULL] * 3}, [None] * 3),
@@ -550,6 +550,50 @@ WINDOW = {"sliding_window": 8}
 def test_each_layer_has_its_window(model_type, keys, windows):
     config = read(model_type, **WINDOW | keys)
     assert [config.window(layer) for layer in range(3)] == windows
+
+
+def test_a_layer_cannot_slide_where_the_window_is_switched_off():
+    problems = problems_of("qwen3", **WINDOW, layer_types=[SLIDING, FULL, SLIDING])
+    assert problems == ("layer_types: sliding_attention needs a sliding_window",)
+
+
+def test_a_model_type_of_another_architecture_is_refused():
+    """transformers goes by the type, and would make another model."""
+    values = json.loads((GOLDENS / "llama2" / "config.json").read_text())
+    with pytest.raises(mj.CheckpointError, match="granite contradict"):
+        configs.read_config(values | {"model_type": "granite"}, {})
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "says"),
+    [
+        ("llama", {"rope_parameters": {FULL: {"rope_theta": 3e2}}}, "all layers"),
+        ("qwen2", {"rope_scaling": {FULL: {"rope_theta": 3e2}}}, "all layers"),
+        ("gemma3_text", {"attn_logit_softcapping": 0.5}, "attn_logit_softcapping"),
+        (
+            "gemma3_text",
+            {
+                "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+                "rope_parameters": {FULL: {"rope_theta": 1e6}},
+            },
+            "give one",
+        ),
+        ("gemma3_text", {"rope_scaling": {FULL: {"rope_theta": 3e2}}}, "all layers"),
+        (
+            "gemma3_text",
+            {
+                "original_max_position_embeddings": 32,
+                "rope_parameters": {FULL: {"rope_type": "yarn", "factor": 2.0}},
+            },
+            "original_max_position_embeddings",
+        ),
+    ],
+)
+def test_what_transformers_would_take_for_another_model_is_refused(
+    model_type, changes, says
+):
+    problems = problems_of(model_type, **changes)
+    assert any(says in problem for problem in problems), problems
 
 
 def test_gemma_2_has_no_pattern_but_its_own():
@@ -680,6 +724,7 @@ VARIATIONS["gemma2"] = VARIATIONS["gemma"] | {
     "query_pre_attn_scalar": 16.0,
 }
 VARIATIONS["gemma3"] = VARIATIONS["gemma2"] | {
+    "attention_softcap": None,
     "qk_norm": True,
     "local_rope_theta": 500.0,
     "global_layers": (0,),

@@ -171,6 +171,17 @@ def test_a_model_of_our_own_is_the_same_in_transformers(name, tmp_path):
     assert tuple(ids) == model.config.eos_token_ids
 
 
+@pytest.mark.parametrize("name", ["preset", "linear", "yarn", "llama3", "longrope"])
+def test_logits_at_position_2000_are_the_same_in_transformers(name, tmp_path):
+    """A last place of a RoPE frequency is multiplied by the position."""
+    long = {"max_seq_len": 2048, "max_kv_cache_len": 2048}
+    model, params = build(testing.tiny_config(**VARIATIONS[name], **long))
+    mj.save_pretrained(tmp_path, model, params)
+    tokens = np.random.default_rng(0).integers(0, 61, (1, 2000), np.int32)
+    expected = their_logits(load_theirs(tmp_path), tokens)
+    close(our_logits(model, params, tokens), expected)
+
+
 @pytest.mark.parametrize("model_type", FRESH)
 def test_a_model_of_transformers_is_the_same_here(model_type, tmp_path):
     values = SIZES | FRESH[model_type]
