@@ -20,7 +20,6 @@ from minillm_jax.cli import app, comparison, config_files, model_folder
 from minillm_jax.cli.app import UserError
 from minillm_jax.config import FLOAT_DTYPES
 from minillm_jax.model import transformer
-from minillm_jax.text import tokenizer as tokenizers
 from minillm_jax.weights import load, save
 
 FLAGS = flags.FLAGS
@@ -61,9 +60,7 @@ def main(config: Any) -> None:
     params = model_folder.params(config, model)
     passed = True
     if FLAGS.out is not None:
-        tokenizer = None
-        if folder is not None and (folder / "tokenizer.json").is_file():
-            tokenizer = tokenizers.load_tokenizer(folder)
+        tokenizer = None if folder is None else load.read_tokenizer(folder)
         save.save_pretrained(FLAGS.out, model, params, tokenizer)
         print(f"wrote {FLAGS.out}: {model.config.param_dtype}", flush=True)
     compared = FLAGS.out or folder

@@ -26,6 +26,7 @@ from minillm_jax.model import cache as kv
 from minillm_jax.model import transformer
 from minillm_jax.planning import devices, memory
 from minillm_jax.text import tokenizer as tokenizers
+from minillm_jax.weights import load
 
 FLAGS = flags.FLAGS
 
@@ -80,9 +81,9 @@ def check(
 def _tokenizer(folder: pathlib.Path | None) -> chat.ChatTokenizer:
     if FLAGS.tokenizer is not None:
         return tokenizers.load_tokenizer(FLAGS.tokenizer)
-    if folder is not None and (folder / "tokenizer.json").is_file():
-        return tokenizers.load_tokenizer(folder)
     if folder is not None:
+        if (found := load.read_tokenizer(folder)) is not None:
+            return found
         print(f"generate: {folder} has no tokenizer.json: bytes", file=sys.stderr)
     return tokenizers.ByteTokenizer()
 

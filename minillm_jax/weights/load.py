@@ -55,9 +55,7 @@ def load_pretrained(
     """
     folder = hub.folder(path)
     config, family = read_config(folder, dtype, ignore_keys=ignore_keys)
-    tokenizer = None
-    if (folder / "tokenizer.json").is_file():
-        tokenizer = load_tokenizer(folder)
+    tokenizer = read_tokenizer(folder)
     model = create_model(config)
     return model, read_params(folder, model.config, family), tokenizer
 
@@ -76,6 +74,12 @@ def read_config(
         where=file,
     )
     return (config if dtype is None else config.replace(dtype=dtype)), family
+
+
+def read_tokenizer(folder: pathlib.Path) -> FileTokenizer | None:
+    """The tokenizer of a folder, None where it has no tokenizer.json."""
+    there = (folder / "tokenizer.json").is_file()
+    return load_tokenizer(folder) if there else None
 
 
 def read_family(folder: pathlib.Path) -> Family:

@@ -107,17 +107,19 @@ def _scaling(
     problems: _Problems,
 ) -> dict[str, Any] | None:
     """The fields of a RopeScaling."""
-    kind, name = _type(given), "rope_scaling"
+    kind = _type(given)
     if isinstance(kind, str):
         kind = family.rope_aliases.get(kind, kind)
     known = _BY_TYPE.get(kind or "default") if isinstance(kind, str | None) else None
     if known is None:
         types = ", ".join(_BY_TYPE)
-        problems.append(f"{name}: rope_type={kind!r} is none of {types}")
+        problems.append(f"rope_scaling: rope_type={kind!r} is none of {types}")
         return None
     for key, value in given.items():
         if key not in (*known, *_EVERY_TYPE) and value not in (None, False):
-            problems.append(f"{name}: {kind or 'default'} knows no {key}={value!r}")
+            problems.append(
+                f"rope_scaling: {kind or 'default'} knows no {key}={value!r}"
+            )
     if kind is None:
         return None
     fields = {key: given[key] for key in known if given.get(key) is not None}
@@ -137,7 +139,7 @@ def _scaling(
             mscales = [0.1 * s * math.log(fields["factor"]) + 1.0 for s in scales if s]
             fields.setdefault("attention_factor", mscales[0] / mscales[1])
     except (TypeError, ValueError, ArithmeticError):
-        problems.append(f"{name}: {dict(given)!r} must hold numbers")
+        problems.append(f"rope_scaling: {dict(given)!r} must hold numbers")
     return fields | {"rope_type": kind}
 
 
