@@ -40,6 +40,20 @@ class Bandwidth:
         return self._matrix.nbytes / best
 
 
+def matmul_rate() -> float:
+    """FLOP/s of one large float32 product, the best of some: what a prefill could do.
+
+    The shape is that of a prefill chunk in an MLP of middle size.
+    """
+    tokens, inner, outer = 512, 2048, 8192
+    x = jnp.ones((tokens, inner), jnp.float32)
+    kernel = jnp.ones((inner, outer), jnp.float32)
+    product = jax.jit(jnp.dot)
+    elapsed(product, x, kernel)  # compiles
+    best = min(elapsed(product, x, kernel) for _ in range(8))
+    return 2 * tokens * inner * outer / best
+
+
 def elapsed(function: Callable[..., Any], *args: Any) -> float:
     """Seconds until the result of `function(*args)` is there."""
     start = time.perf_counter()

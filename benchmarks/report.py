@@ -92,10 +92,10 @@ def write_json(result: dict[str, Any], path: str | None) -> None:
         pathlib.Path(path).write_text(line + "\n")
 
 
-def check_writable(path: str | None) -> None:
-    """Raises UserError where `write_json` could not write, before any work."""
+def check_writable(path: str | None, field: str = "decode.json_path") -> None:
+    """Raises UserError where a file of `config.FIELD` could not be written."""
     if path is None:
         return
     folder = pathlib.Path(path).parent
     if not os.access(folder, os.W_OK) or pathlib.Path(path).is_dir():
-        raise UserError(f"config.decode.json_path={path}: cannot be written there")
+        raise UserError(f"config.{field}={path}: cannot be written there")

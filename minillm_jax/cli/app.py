@@ -156,8 +156,9 @@ def _unknown_field(argv: Sequence[str], error: BaseException) -> str | None:
     """A line for an override whose field no section has."""
     if not isinstance(error, (AttributeError, KeyError)):
         return None
-    known = ["model", "decode"]
-    for section in (ModelConfig, config_files.DecodeSettings):
+    known = ["model", "decode", "compare"]
+    settings = (config_files.DecodeSettings, config_files.CompareSettings)
+    for section in (ModelConfig, *settings):
         known += [field.name for field in dataclasses.fields(section)]
     for flag in (arg.split("=", 1)[0] for arg in argv if arg.startswith("--config.")):
         for name in flag.split(".")[1:]:

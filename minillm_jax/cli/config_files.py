@@ -1,7 +1,8 @@
 """Between ml_collections' config files and the library's frozen configs.
 
 A config file's `get_config()` starts from `preset(name)` and changes fields. Its
-sections become frozen once, in `model_config` and `decode_settings`.
+sections become frozen once, in `model_config`, `decode_settings` and
+`compare_settings`.
 """
 
 import dataclasses
@@ -40,16 +41,39 @@ class DecodeSettings:
         """The contexts to measure, tokens; raises ConfigError if one is too short."""
         if self.prompt_tokens is not None:
             return (self.prompt_tokens + self.new_tokens,)
-        for context in self.contexts:
-            if context <= self.new_tokens:
-                raise ConfigError(
-                    f"contexts={self.contexts}: each must exceed new_tokens="
-                    f"{self.new_tokens}, for a prompt comes first; write "
-                    f"{4 * self.new_tokens}"
-                )
-        if not self.contexts:
-            raise ConfigError("contexts=(): needs at least one, such as (128,)")
-        return self.contexts
+        return _checked_contexts(self.contexts, self.new_tokens)
+
+
+@validation.checked_fields()
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompareSettings:
+    """`config.compare`: what `benchmarks.compare` measures, beside which programs."""
+
+    peers: tuple[str, ...] = ()  # by name; none = all there are
+    batch_sizes: tuple[int, ...] = (1, 8)
+    # Tokens a row holds when a measurement ends, one measurement each.
+    contexts: tuple[int, ...] = ()
+    # Generated tokens of each repeat; the prefill gives the first of them.
+    new_tokens: Annotated[int, validation.Range(2, 2**20)] = 32
+    repeats: Annotated[int, _TIMES] = 5
+    json_path: str | None = None  # also write the JSON object to this file
+    plot_path: str | None = None  # also draw the decode rates into this PNG file
+
+    def measured_contexts(self) -> tuple[int, ...]:
+        """The contexts to measure, tokens; raises ConfigError if one is too short."""
+        return _checked_contexts(self.contexts, self.new_tokens)
+
+
+def _checked_contexts(contexts: tuple[int, ...], new_tokens: int) -> tuple[int, ...]:
+    for context in contexts:
+        if context <= new_tokens:
+            raise ConfigError(
+                f"contexts={contexts}: each must exceed new_tokens={new_tokens}, for a "
+                f"prompt comes first; write {4 * new_tokens}"
+            )
+    if not contexts:
+        raise ConfigError("contexts=(): needs at least one, such as (128,)")
+    return contexts
 
 
 def preset(name: str) -> Any:
@@ -60,12 +84,14 @@ def preset(name: str) -> Any:
     """
     model = Configs.by_name(name)
     contexts = (128, model.max_seq_len)
+    both = (128, min(1024, model.max_kv_cache_len))
     return config_dict.ConfigDict(
         {
             "model": model_section(model.given()),
             # A Hugging Face folder, whose config and weights take the section's place.
             "model_path": config_dict.placeholder(str),
             "decode": _section(DecodeSettings, {"contexts": contexts}),
+            "compare": _section(CompareSettings, {"contexts": both}),
         }
     )
 
@@ -83,6 +109,11 @@ def model_config(config: Any) -> ModelConfig:
 def decode_settings(config: Any) -> DecodeSettings:
     """The `decode` section; raises ConfigError, with the section's name before it."""
     return _frozen(DecodeSettings, config, "decode")
+
+
+def compare_settings(config: Any) -> CompareSettings:
+    """The `compare` section; raises ConfigError, with the section's name before it."""
+    return _frozen(CompareSettings, config, "compare")
 
 
 def _section(cls: type, given: dict[str, Any]) -> dict[str, Any]:

@@ -42,10 +42,11 @@ def put_in(config: Any, path: str, overrides: Mapping[str, Any]) -> None:
     with config.unlocked():
         config.model_path = str(folder)
         config.model = config_files.model_section(fields)
-        if "decode.contexts" not in overrides and "decode" in config:
-            longest = config_files.model_config(config).max_kv_cache_len
-            contexts = [min(context, longest) for context in config.decode.contexts]
-            config.decode.contexts = tuple(dict.fromkeys(contexts))
+        for name in ("decode", "compare"):
+            if f"{name}.contexts" not in overrides and name in config:
+                longest = config_files.model_config(config).max_kv_cache_len
+                contexts = [min(context, longest) for context in config[name].contexts]
+                config[name].contexts = tuple(dict.fromkeys(contexts))
 
 
 def folder(config: Any) -> pathlib.Path | None:
