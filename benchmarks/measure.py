@@ -40,18 +40,24 @@ class Bandwidth:
         return self._matrix.nbytes / best
 
 
-def matmul_rate() -> float:
-    """FLOP/s of one large float32 product, the best of some: what a prefill could do.
+class Product:
+    """Multiplies two large float32 matrices, as a prefill of 512 tokens does.
 
-    The shape is that of a prefill chunk in an MLP of middle size.
+    Processors are shared as memory is: a probe belongs beside what it is compared with.
     """
-    tokens, inner, outer = 512, 2048, 8192
-    x = jnp.ones((tokens, inner), jnp.float32)
-    kernel = jnp.ones((inner, outer), jnp.float32)
-    product = jax.jit(jnp.dot)
-    elapsed(product, x, kernel)  # compiles
-    best = min(elapsed(product, x, kernel) for _ in range(8))
-    return 2 * tokens * inner * outer / best
+
+    def __init__(self) -> None:
+        tokens, inner, outer = 512, 2048, 8192
+        self._x = jnp.ones((tokens, inner), jnp.float32)
+        self._kernel = jnp.ones((inner, outer), jnp.float32)
+        self._flops = 2 * tokens * inner * outer
+        self._product = jax.jit(jnp.dot)
+        self.probe()  # compiles
+
+    def probe(self) -> float:
+        """FLOP/s, now: the best of some runs."""
+        best = min(elapsed(self._product, self._x, self._kernel) for _ in range(3))
+        return self._flops / best
 
 
 def elapsed(function: Callable[..., Any], *args: Any) -> float:

@@ -32,13 +32,13 @@ def header(benchmark: str, config: dict[str, Any]) -> dict[str, Any]:
 _DECODE_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "context": lambda row: str(row["context"]),
     "TTFT\ns": lambda row: f"{row['ttft_seconds']:.3f}",
-    "prefill\ntok/s": lambda row: _rate(row["prefill_tokens_per_second"]),
-    "decode\ntok/s": lambda row: _rate(row["decode_tokens_per_second"]["median"]),
-    "\n(min-max)": lambda row: _range(row["decode_tokens_per_second"]),
+    "prefill\ntok/s": lambda row: rate(row["prefill_tokens_per_second"]),
+    "decode\ntok/s": lambda row: rate(row["decode_tokens_per_second"]["median"]),
+    "\n(min-max)": lambda row: least_and_most(row["decode_tokens_per_second"]),
     "\nGB/s": lambda row: f"{row['gb_per_s']:.1f}",
     "\nMBU": lambda row: f"{row['mbu']:.2f}",
-    "no cache\ntok/s": lambda row: _or_dash(row["no_cache_tokens_per_second"], _rate),
-    "\nspeed-up": lambda row: _or_dash(row["speedup"], lambda x: f"{x:.1f}x"),
+    "no cache\ntok/s": lambda row: or_dash(row["no_cache_tokens_per_second"], rate),
+    "\nspeed-up": lambda row: or_dash(row["speedup"], lambda x: f"{x:.1f}x"),
 }
 
 
@@ -68,16 +68,19 @@ def show_decode(result: dict[str, Any]) -> None:
     )
 
 
-def _or_dash(value: float | None, shown: Callable[[float], str]) -> str:
+def or_dash(value: Any, shown: Callable[[Any], str]) -> str:
+    """A value as `shown` shows it, and a dash for none."""
     return "-" if value is None else shown(value)
 
 
-def _rate(value: float) -> str:
+def rate(value: float) -> str:
+    """Three digits, or a whole number."""
     return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
 
 
-def _range(rate: dict[str, float]) -> str:
-    return f"({_rate(rate['min'])}-{_rate(rate['max'])})"
+def least_and_most(found: dict[str, float]) -> str:
+    """The ends of a `measure.spread`."""
+    return f"({rate(found['min'])}-{rate(found['max'])})"
 
 
 def _gb(size: int | None) -> str:

@@ -7,8 +7,8 @@ quantiser, with its defaults: what `llama-quantize` would give.
 import ctypes
 import pathlib
 
-import gguf
-import llama_cpp
+import gguf  # pyright: ignore[reportMissingImports]
+import llama_cpp  # pyright: ignore[reportMissingImports]
 import numpy as np
 import safetensors.numpy
 
@@ -126,6 +126,6 @@ def _quantise(
     params.ftype = FILE_TYPES[kind]
     params.nthread = threads
     names = (str(source).encode(), str(path).encode())
-    failed = llama_cpp.llama_model_quantize(*names, ctypes.byref(params))
+    failed = llama_cpp.llama_model_quantize(*names, ctypes.pointer(params))
     if failed:
         raise RuntimeError(f"llama.cpp could not make a {kind} file ({failed})")

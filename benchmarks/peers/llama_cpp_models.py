@@ -8,7 +8,7 @@ import ctypes
 import pathlib
 from typing import Any
 
-import llama_cpp
+import llama_cpp  # pyright: ignore[reportMissingImports]
 import numpy as np
 
 from benchmarks.peers import gguf_file
@@ -43,9 +43,10 @@ class LlamaCpp:
     def __init__(self, path: pathlib.Path, config: ModelConfig, threads: int):
         llama_cpp.llama_backend_init()
         params = llama_cpp.llama_model_default_params()
-        self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
-        if not self._model:
+        model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+        if model is None:
             raise RuntimeError(f"llama.cpp cannot load {path.name}")
+        self._model = model
         self._config, self._threads = config, threads
         self._weights_bytes, self._embedding_bytes = gguf_file.sizes(path)
         self._wide = path.stem.endswith("f32")

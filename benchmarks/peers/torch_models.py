@@ -7,8 +7,8 @@ import pathlib
 from typing import Any
 
 import numpy as np
-import torch
-import transformers
+import torch  # pyright: ignore[reportMissingImports]
+import transformers  # pyright: ignore[reportMissingImports]
 
 from minillm_jax.config import ModelConfig
 from minillm_jax.planning import costs
@@ -19,7 +19,8 @@ class Eager:
 
     def __init__(self, model: Any, config: ModelConfig):
         self._model, self._config = model, config
-        self._step, self._cache = model, None
+        self._step: Any = model
+        self._cache: Any = None
         self._first = torch.zeros((0,), dtype=torch.long)
         self._prompt_tokens = 0
 

@@ -129,7 +129,7 @@ class Tutorial(nn.Module):
             Block,
             variable_axes={"params": 0, "cache": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
+            in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
             length=c.num_layers,
         )
         x, _ = layers(c, name="layers")(table[tokens], positions)
