@@ -8,6 +8,7 @@ from rich import console, table
 from benchmarks import report
 
 _Row = dict[str, Any]
+_BUSY = 0.1  # share of the processor taken by others, from which it is said
 
 
 def _spread(key: str) -> Callable[[_Row], str]:
@@ -63,6 +64,11 @@ def show(result: dict[str, Any]) -> None:
             f"{case['prompt_tokens']}); {case['product_gflop_per_s']:.0f} GFLOP/s, "
             f"reads {case['bandwidth_gb_per_s']:.1f} GB/s"
         )
+        if (case["busy_before"] or 0.0) > _BUSY:
+            out.print(
+                f"others take {case['busy_before']:.0%} of the processor, which is "
+                "unfair to programs that wait by spinning: measure again"
+            )
         for columns in _COLUMNS.values():
             out.print(_grid(columns, case["peers"]))
     out.print(

@@ -3,7 +3,8 @@
 What else a shared machine does changes from second to second. So all peers are
 measured in each round, and ratios are taken within rounds. Before each prefill the
 machine's rate of products is probed, before each decode its read bandwidth: their
-bounds.
+bounds. Programs that wait by spinning suffer most from neighbours, so each case tells
+how busy the machine was while all peers waited.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ import numpy as np
 
 from benchmarks import measure, peers, prompts
 from benchmarks.workers import PeerError, Worker
+from minillm_jax import validation
 from minillm_jax.cli.config_files import CompareSettings
 from minillm_jax.config import ConfigError, ModelConfig
 from minillm_jax.planning import costs
@@ -91,12 +93,15 @@ class Field:
 
 def checked_peers(settings: CompareSettings) -> tuple[str, ...]:
     """The peers that are asked for, each once; raises ConfigError if one is unknown."""
-    for name in settings.peers:
+    # The command line gives several as one string.
+    names = [name for given in settings.peers for name in given.split(",")]
+    for name in names:
         if name not in peers.PEERS:
             raise ConfigError(
                 f"config.compare.peers: {name!r} is none of {', '.join(peers.PEERS)}"
+                f"{validation.did_you_mean(name, tuple(peers.PEERS))}"
             )
-    return tuple(dict.fromkeys(settings.peers or peers.PEERS))
+    return tuple(dict.fromkeys(names or peers.PEERS))
 
 
 def cases(config: ModelConfig, settings: CompareSettings) -> list[Case]:
@@ -132,6 +137,7 @@ def run(
     rows, length = case.batch_size, case.prompt_tokens
     prompt = prompts.source_tokens(rows, length, config.vocab_size).tolist()
     progress("warm-up")
+    others = measure.busy_share()  # the peers wait now
     timings = _warm_up(field, case, prompt)
     progress("prefill")
     for turn in range(repeats):
@@ -148,6 +154,7 @@ def run(
         "context": case.context,
         "prompt_tokens": length,
         "new_tokens": case.new_tokens,
+        "busy_before": others,
         "prefill_flops": flops,
         "product_gflop_per_s": _giga([t.products for t in alive.values()]),
         "bandwidth_gb_per_s": _giga([t.reads for t in alive.values()]),

@@ -1,6 +1,7 @@
 """Clocks: the machine's read bandwidth, time spent compiling, repeats with a spread."""
 
 import contextlib
+import pathlib
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -58,6 +59,25 @@ class Product:
         """FLOP/s, now: the best of some runs."""
         best = min(elapsed(self._product, self._x, self._kernel) for _ in range(3))
         return self._flops / best
+
+
+def busy_share(seconds: float = 0.5) -> float | None:
+    """Share of all cores that is taken while this process sleeps; None = not known."""
+    try:
+        before = _ticks()
+        time.sleep(seconds)
+        idle, total = (now - then for now, then in zip(_ticks(), before, strict=True))
+    except OSError:  # not Linux
+        return None
+    return 1.0 - idle / max(total, 1)
+
+
+def _ticks() -> tuple[int, int]:
+    """Clock ticks of all cores since the start: idle ones, and all."""
+    line = pathlib.Path("/proc/stat").read_text().splitlines()[0]
+    user, nice, system, idle, iowait, *rest = map(int, line.split()[1:9])
+    idle += iowait
+    return idle, user + nice + system + idle + sum(rest)
 
 
 def elapsed(function: Callable[..., Any], *args: Any) -> float:
