@@ -66,8 +66,8 @@ def show(result: dict[str, Any]) -> None:
         )
         if (case["busy_before"] or 0.0) > _BUSY:
             out.print(
-                f"others take {case['busy_before']:.0%} of the processor, which is "
-                "unfair to programs that wait by spinning: measure again"
+                f"others took {case['busy_before']:.0%} of the processor before it, "
+                "which is unfair to\nprograms that wait by spinning: measure again"
             )
         for columns in _COLUMNS.values():
             out.print(_grid(columns, case["peers"]))

@@ -32,7 +32,7 @@ def _rotated(x, positions, theta: float):
     """RoPE of `[B, T, heads, H]`, the two halves of H as pairs."""
     half = x.shape[-1] // 2
     frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions[..., None].astype(jnp.float32) * frequencies  # [B, T, H/2]
+    angles = positions[..., None].astype(jnp.float32) * frequencies[None, None]
     cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
     first, second = x[..., :half], x[..., half:]
     turned = (first * cos - second * sin, second * cos + first * sin)

@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -40,7 +41,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def params(model):
-    return testing.perturbed(mj.init_params(model))
+    return jax.device_put(testing.perturbed(mj.init_params(model)))
 
 
 @pytest.fixture(scope="module")
@@ -59,11 +60,14 @@ def prompt():
 @pytest.fixture(scope="module")
 def greedy(model, params, prompt):
     """The tokens of full forwards, without a cache: `[B, 1 + STEPS]`."""
-    tokens = prompt
-    for _ in range(STEPS + 1):
-        logits = model.apply({"params": params}, tokens)
-        best = jnp.argmax(logits[:, -1], axis=-1)[:, None]
-        tokens = np.concatenate([tokens, best], axis=1)
+
+    @jax.jit
+    def best(tokens):
+        return jnp.argmax(model.apply({"params": params}, tokens), axis=-1)
+
+    tokens = np.pad(prompt, ((0, 0), (0, STEPS + 1)))  # which no token before it sees
+    for place in range(PROMPT, tokens.shape[1]):
+        tokens[:, place] = best(tokens)[:, place - 1]
     return tokens[:, PROMPT:]
 
 
@@ -199,6 +203,28 @@ def test_every_preset_compares_contexts_that_fit():
         compare_runs.checked_peers(config_files.CompareSettings(peers=("theirs",)))
 
 
-def test_a_busy_machine_is_told():
-    assert 0.0 <= measure.busy_share(0.05) <= 1.0
-    assert 0.0 < compare_report._BUSY < 1.0
+@pytest.mark.parametrize(("busy", "told"), [(0.5, True), (0.0, False), (None, False)])
+def test_a_busy_machine_is_told(capsys, busy, told):
+    spread = measure.spread([1.0])
+    row = dict.fromkeys(
+        ("prefill_tokens_per_second", "decode_tokens_per_second"), spread
+    )
+    row |= dict.fromkeys(("prefill_ours_to_peer", "decode_ours_to_peer"))
+    row |= {"prefill_product_share": 0.5, "mbu": 0.5, "same_tokens": None}
+    case = {"batch_size": 1, "context": 40, "prompt_tokens": 32, "busy_before": busy}
+    case |= {"product_gflop_per_s": 1.0, "bandwidth_gb_per_s": 1.0}
+    result = {
+        "device": {"name": "a machine"},
+        "threads": 1,
+        "versions": {"jax": "0"},
+        "config": {"model": {"dtype": "float32"}},
+        "peers": {"ours": {"status": "ok"}},
+        "results": [case | {"peers": {"ours": row}}],
+    }
+    compare_report.show(result)
+    assert ("measure again" in capsys.readouterr().out) == told
+
+
+def test_the_busy_share_is_a_share():
+    share = measure.busy_share(0.05)
+    assert share is None or 0.0 <= share <= 1.0
