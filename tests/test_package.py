@@ -19,7 +19,7 @@ LAYERS = (
     ("validation", "progress", "json_files"),
     ("rope_scaling",),
     ("config_rules",),
-    ("config",),
+    ("config", "model.products"),
     ("planning.costs", "model.rope", "model.layers", "model.cache"),
     ("model.attention",),
     ("model.transformer",),

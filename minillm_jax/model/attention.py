@@ -11,6 +11,7 @@ G = N // K, P = G + 2 (a group's queries, its key, its value), H head dim, R = H
 D model dim.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -23,9 +24,10 @@ from minillm_jax.config import ModelConfig
 from minillm_jax.model import cache as kv
 from minillm_jax.model import layers, rope
 
-# Scores of one block of queries, bytes: what keeps memory linear in the context.
+# Scores of one block of queries and keys, bytes: what keeps memory linear.
 SCORE_BYTES = 64 * 2**20
-MAX_QUERY_BLOCK, MIN_QUERY_BLOCK = 512, 8
+MAX_QUERY_BLOCK, MIN_QUERY_BLOCK = 256, 8
+KEY_BLOCK = 256
 MASKED = -1e30  # finite: a query that sees nothing gets a mean, not NaN
 
 
@@ -58,6 +60,14 @@ def visible(queries: Places, keys: Places, rule: kv.SlotRule) -> Bool[Array, "*B
     return mask
 
 
+class Scoring(NamedTuple):
+    """How a query's scores follow from its products with the keys."""
+
+    rule: kv.SlotRule
+    scale: float
+    softcap: float | None
+
+
 def attend(
     q: Float[Array, "*B K G T H"],
     k: Float[Array, "*B K S H"],
@@ -69,34 +79,34 @@ def attend(
     scale: float | None = None,
     softcap: float | None = None,
 ) -> Float[Array, "*B K G T H"]:
-    """softmax(scale q kᵀ) v, softmax in float32, a block of queries at a time.
+    """softmax(scale q kᵀ) v, softmax in float32.
 
-    A block's scores take at most about SCORE_BYTES, and in training they are computed
-    again rather than stored, so that memory is linear in T and S. `scale` None is
-    1 / sqrt(H); `softcap` caps the scaled scores.
+    Several queries go block by block (FlashAttention, Dao et al. 2022,
+    arXiv:2205.14135): memory is linear in T and S, in training too, where a block is
+    computed again rather than stored, and blocks without a key that a query may see are
+    skipped. `scale` None is 1 / sqrt(H); `softcap` caps the scaled scores.
     """
-    length, block = q.shape[-2], query_block(q.shape, k.shape[-2])
+    scoring = Scoring(rule, q.shape[-1] ** -0.5 if scale is None else scale, softcap)
+    length, block = q.shape[-2], query_block(q.shape)
 
     def one(q, queries):
-        mask = visible(queries, keys, rule)
-        factor = q.shape[-1] ** -0.5 if scale is None else scale
-        return _attend_block(q, k, v, mask, factor, softcap)
+        if length == 1 or k.shape[-2] <= KEY_BLOCK:
+            return _attend_at_once(q, k, v, visible(queries, keys, rule), scoring)
+        return _attend_by_blocks(q, k, v, queries, keys, scoring)
 
     if block >= length:
         return one(q, queries)
-    one = jax.checkpoint(one)
-
     q_blocks = _split(q, -2, block)
     query_blocks = jax.tree.map(lambda x: _split(x, -1, block), queries)
-    out = jax.lax.map(lambda xs: one(*xs), (q_blocks, query_blocks))
+    out = jax.lax.map(lambda xs: jax.checkpoint(one)(*xs), (q_blocks, query_blocks))
     out = jnp.moveaxis(out, 0, -3)
     return out.reshape(*q.shape[:-2], -1, q.shape[-1])[..., :length, :]
 
 
-def query_block(q_shape: tuple[int, ...], slots: int) -> int:
-    """Queries of a block: the power of two whose scores fit SCORE_BYTES."""
+def query_block(q_shape: tuple[int, ...]) -> int:
+    """Queries of a block: a power of two whose scores of KEY_BLOCK fit SCORE_BYTES."""
     heads = math.prod(q_shape[:-2])
-    fitting = max(1, SCORE_BYTES // (4 * heads * slots))
+    fitting = max(1, SCORE_BYTES // (4 * heads * KEY_BLOCK))
     return min(MAX_QUERY_BLOCK, max(MIN_QUERY_BLOCK, 2 ** (fitting.bit_length() - 1)))
 
 
@@ -110,14 +120,55 @@ def _split(x: jax.Array, axis: int, block: int) -> jax.Array:
     return jnp.moveaxis(jnp.pad(x, widths).reshape(shape), axis, 0)
 
 
-def _attend_block(q, k, v, mask, scale: float, softcap: float | None):
-    f32 = jnp.float32
-    scores = jnp.einsum("...KGTH,...KSH->...KGTS", q, k, preferred_element_type=f32)
-    scores = layers.softcap(scores * scale, softcap)
-    scores = jnp.where(mask[..., None, None, :, :], scores, MASKED)
-    probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = jnp.einsum("...KGTS,...KSH->...KGTH", probs, v, preferred_element_type=f32)
-    return out.astype(q.dtype)
+def _scores(q, k, mask, scoring: Scoring):
+    scores = _product("...KGTH,...KSH->...KGTS", q, k)
+    scores = layers.softcap(scores * scoring.scale, scoring.softcap)
+    return jnp.where(mask[..., None, None, :, :], scores, MASKED)
+
+
+def _product(axes: str, a, b):
+    return jnp.einsum(axes, a, b, preferred_element_type=jnp.float32)
+
+
+def _attend_at_once(q, k, v, mask, scoring: Scoring):
+    probs = jax.nn.softmax(_scores(q, k, mask, scoring), axis=-1).astype(v.dtype)
+    return _product("...KGTS,...KSH->...KGTH", probs, v).astype(q.dtype)
+
+
+def _attend_by_blocks(q, k, v, queries: Places, keys: Places, scoring: Scoring):
+    """A pass over blocks of keys, whose softmax is put right as its maximum grows."""
+    slots = k.shape[-2]
+
+    def add(sums, k, v, mask):
+        highest, total, mixed = sums  # of the blocks so far
+        scores = _scores(q, k, mask, scoring)
+        higher = jnp.maximum(highest, jnp.max(scores, axis=-1, keepdims=True))
+        weights, faded = jnp.exp(scores - higher), jnp.exp(highest - higher)
+        total = total * faded + jnp.sum(weights, axis=-1, keepdims=True)
+        added = _product("...KGTS,...KSH->...KGTH", weights.astype(v.dtype), v)
+        return higher, total, mixed * faded + added
+
+    def step(sums, first):
+        # The last block is moved inside; what it shares with the one before is masked.
+        start = jnp.minimum(first, slots - KEY_BLOCK)
+        take = functools.partial(
+            jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=KEY_BLOCK
+        )
+        places = jax.tree.map(lambda x: take(x, axis=-1), keys)
+        mask = visible(queries, places, scoring.rule)
+        new = jnp.arange(KEY_BLOCK) >= first - start
+        mask &= jnp.broadcast_to(new, mask.shape)
+
+        def seen(sums):
+            return add(sums, take(k, axis=-2), take(v, axis=-2), mask)
+
+        return jax.lax.cond(jnp.any(mask), seen, lambda sums: sums, sums), None
+
+    highest = jnp.full((*q.shape[:-1], 1), MASKED, jnp.float32)
+    sums = highest, jnp.zeros_like(highest), jnp.zeros(q.shape, jnp.float32)
+    firsts = jnp.arange(0, slots, KEY_BLOCK)
+    (_, total, mixed), _ = jax.lax.scan(jax.checkpoint(step), sums, firsts)
+    return (mixed / jnp.where(total > 0, total, 1.0)).astype(q.dtype)
 
 
 class Attention(nn.Module):

@@ -11,6 +11,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from minillm_jax.config import ModelConfig
+from minillm_jax.model import products
 
 TOKEN_STD = 0.02  # GPT-2 and Llama start their embeddings with it
 _CUT_STD = 0.87962566103423978  # std of a standard normal cut at +-2
@@ -84,8 +85,7 @@ def project(x: Float[Array, "*axes I"], kernel: Float[Array, "..."]) -> jax.Arra
     One plain matrix product: as an einsum that moves the token axis too, XLA on CPU
     transposes the weights instead, which costs more than a decode step's product.
     """
-    matrix = kernel.reshape(x.shape[-1], -1)
-    return jnp.dot(x, matrix.astype(x.dtype))
+    return products.product(x, kernel.reshape(x.shape[-1], -1))
 
 
 def rms_norm(
@@ -110,7 +110,7 @@ def gated_mlp(
     activation: str = "silu",
 ) -> Float[Array, "B T D"]:
     """SwiGLU or GeGLU (Shazeer 2020, arXiv:2002.05202), gate and up in one product."""
-    both = jnp.einsum("BTD,DCF->BTCF", x, gate_up.astype(x.dtype))
+    both = products.product(x, gate_up)  # [B, T, C, F]
     return project(ACTIVATIONS[activation](both[:, :, 0]) * both[:, :, 1], down)
 
 

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from minillm_jax.config import ConfigError, ModelConfig, check_is_config
 from minillm_jax.model import cache as kv
-from minillm_jax.model import layers, rope
+from minillm_jax.model import layers, products, rope
 from minillm_jax.model.attention import Attention, Places, Span
 
 
@@ -150,12 +150,11 @@ class MiniLLM(nn.Module):
         with jax.named_scope("unembed"):
             x = self.final_norm(x)
             if self.config.tie_embeddings:
-                head, product = self.embedding, "...D,VD->...V"
+                head = self.embedding.astype(x.dtype)
+                axes, float32 = "...D,VD->...V", jnp.float32
+                logits = jnp.einsum(axes, x, head, preferred_element_type=float32)
             else:
-                head, product = self.lm_head, "...D,DV->...V"
-            logits = jnp.einsum(
-                product, x, head.astype(x.dtype), preferred_element_type=jnp.float32
-            )
+                logits = products.product(x, self.lm_head, dtype=jnp.float32)
             return layers.softcap(logits, self.config.logits_softcap)
 
     def _check_call(self, tokens, lengths, segment_ids, policy) -> None:

@@ -109,8 +109,8 @@ def _activations(config: ModelConfig, rows: int, tokens: int, keys: int) -> int:
     heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     width = 3 * config.dim_model + 3 * config.dim_ff + 2 * heads
     shape = (rows, config.num_heads, tokens, config.head_dim)
-    block = min(tokens, attention.query_block(shape, keys))
-    scores = 3 * 4 * rows * config.num_heads * block * keys
+    block = min(tokens, attention.query_block(shape)) * min(keys, attention.KEY_BLOCK)
+    scores = 3 * 4 * rows * config.num_heads * max(block, keys)  # or a decode step's
     return rows * tokens * width * size + scores + 2 * 4 * rows * config.vocab_size
 
 

@@ -272,24 +272,25 @@ def test_padding_changes_no_valid_logit(tiny):
     close(padded[1, :7], alone[0])
 
 
-# Query blocks
+# Blocks of queries and keys
 
 
 def small_blocks(monkeypatch):
-    """Blocks of 8 queries from here on; returns the sizes that were used."""
-    sizes, attend_block = [], attention._attend_block
+    """Blocks of 8 queries and 8 keys from here on; returns the sizes that were used."""
+    sizes, by_blocks = set(), attention._attend_by_blocks
 
-    def spy(q, *rest):
-        sizes.append(q.shape[-2])
-        return attend_block(q, *rest)
+    def spy(q, k, *rest):
+        sizes.add((q.shape[-2], k.shape[-2]))
+        return by_blocks(q, k, *rest)
 
     monkeypatch.setattr(attention, "SCORE_BYTES", 1)
-    monkeypatch.setattr(attention, "_attend_block", spy)
+    monkeypatch.setattr(attention, "KEY_BLOCK", 8)
+    monkeypatch.setattr(attention, "_attend_by_blocks", spy)
     return sizes
 
 
 @pytest.mark.parametrize("length", [16, 21])
-def test_query_blocks_equal_one_block(length, monkeypatch):
+def test_blocks_equal_the_whole_and_so_do_their_gradients(length, monkeypatch):
     model, params = build(sliding_window=11, num_layers=1)
     tokens = some_tokens((2, length))
     lengths = jnp.array([length, length - 3])
@@ -303,25 +304,57 @@ def test_query_blocks_equal_one_block(length, monkeypatch):
     whole = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     sizes = small_blocks(monkeypatch)
     blocked = jax.jit(lambda p: jax.value_and_grad(loss, has_aux=True)(p))(params)
-    assert set(sizes) == {8}
+    assert sizes == {(8, length)}
     chex.assert_trees_all_close(blocked, whole, atol=3e-5, rtol=0)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
-def test_query_blocks_of_a_cached_call_equal_one_block(batch_size, monkeypatch, tiny):
-    model, params = tiny
+@pytest.mark.parametrize("variation", ["gqa", "sliding_window", "all"])
+def test_blocks_of_a_cached_call_equal_the_whole(batch_size, variation, monkeypatch):
+    model, params = build(**VARIATIONS[variation])
     tokens = some_tokens((batch_size, 13))
     cache = mj.init_cache(model.config, batch_size)
 
-    def call(variables):
-        return model.apply(variables, tokens, mutable=["cache"])
+    def calls(variables):
+        params, cache, logits = variables["params"], variables["cache"], []
+        for _ in range(2):  # the second one behind the first
+            out, updated = model.apply(
+                {"params": params, "cache": cache}, tokens, mutable=["cache"]
+            )
+            logits.append(out)
+            cache = updated["cache"]
+        return logits, cache
 
     variables = {"params": params, "cache": cache}
-    whole = jax.jit(call)(variables)
+    whole = jax.jit(calls)(variables)
     sizes = small_blocks(monkeypatch)
-    blocked = jax.jit(lambda variables: call(variables))(variables)
-    assert set(sizes) == {8}
+    blocked = jax.jit(lambda variables: calls(variables))(variables)
+    assert {size for size, _ in sizes} == {8}
     chex.assert_trees_all_close(blocked, whole, atol=1e-5, rtol=0)
+
+
+def test_blocks_that_no_query_sees_are_skipped(monkeypatch):
+    """NaN in V poisons even a sum that it has no weight in, unless it is not read."""
+    small_blocks(monkeypatch)
+    q, k = jnp.ones((1, 1, 16, 4)), jnp.ones((1, 44, 4))
+    v = jnp.ones((1, 44, 4)).at[:, :8].set(jnp.nan).at[:, 32:].set(jnp.nan)
+    queries = attention.Places(jnp.arange(16, 32))
+    keys = attention.Places(jnp.where(jnp.arange(44) < 32, jnp.arange(44), -1))
+    rule = kv.SlotRule(window=8)  # the first query sees from slot 9 on
+    out = attention.attend(q, k, v, queries=queries, keys=keys, rule=rule)
+    np.testing.assert_allclose(out, 1.0, rtol=1e-6)
+
+
+def test_slots_of_two_key_blocks_count_once(monkeypatch):
+    """21 keys are the blocks 0-7, 8-15 and 13-20."""
+    q = jax.random.normal(jax.random.key(0), (2, 1, 9, 4))
+    k, v = jax.random.normal(jax.random.key(1), (2, 2, 21, 4))
+    queries = attention.Places(jnp.arange(12, 21))
+    keys = attention.Places(jnp.arange(21))
+    whole = attention.attend(q, k, v, queries=queries, keys=keys)
+    small_blocks(monkeypatch)
+    blocked = attention.attend(q, k, v, queries=queries, keys=keys)
+    chex.assert_trees_all_close(blocked, whole, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("what", ["forward", "gradient"])
