@@ -1,5 +1,8 @@
 """A small decoder-only language model library for JAX with a documented KV cache."""
 
+from minillm_jax.compilation_cache import (
+    use_compilation_cache as use_compilation_cache,
+)
 from minillm_jax.config import ConfigError as ConfigError
 from minillm_jax.config import Configs as Configs
 from minillm_jax.config import ModelConfig as ModelConfig

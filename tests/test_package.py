@@ -17,7 +17,7 @@ ROOT = pathlib.Path(mj.__file__).parent
 # a place here. An `__init__` only hands on names of its own folder.
 LAYERS = (
     ("validation", "progress", "json_files"),
-    ("rope_scaling",),
+    ("rope_scaling", "compilation_cache"),
     ("config_rules",),
     ("config", "model.products"),
     ("planning.costs", "model.rope", "model.layers", "model.cache"),

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from absl import app, flags
 from ml_collections import config_flags
 
-from minillm_jax import validation
+from minillm_jax import compilation_cache, validation
 from minillm_jax.cli import config_files, model_folder, preset_file
 from minillm_jax.config import LEGACY_NAMES, Configs, ModelConfig
 from minillm_jax.model.cache import CacheOverflowError
@@ -43,6 +43,8 @@ def run(main: Callable[[Any], None]) -> None:
     flag = config_flags.DEFINE_config_file("config", None, help_text)
     model_help = "A Hugging Face folder to take config and weights from."
     model = flags.DEFINE_string("model", None, model_help)
+    cache_help = "Keep what is compiled in this folder; default = the user's cache."
+    cache = flags.DEFINE_string("compilation_cache", None, cache_help)
 
     def checked(argv: Sequence[str]) -> None:
         try:
@@ -51,6 +53,9 @@ def run(main: Callable[[Any], None]) -> None:
             if flag.value is None:
                 raise UserError(_no_config())
             _use_folder(flag.value, model.value)
+            if cache.value is not None:
+                folder = None if cache.value == "default" else cache.value
+                compilation_cache.use_compilation_cache(folder)
             main(flag.value)
         except _USER_ERRORS as error:
             _exit(str(error))

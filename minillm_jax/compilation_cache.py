@@ -1,0 +1,68 @@
+"""Compiled functions kept on disk, so that the next process need not compile them.
+
+JAX's persistent compilation cache with the settings that a small model wants, in a
+folder of its own for each jaxlib and each kind of processor: code made for one does not
+run on another, and XLA only finds out after loading it.
+"""
+
+import hashlib
+import os
+import pathlib
+import platform
+
+import jax
+import jaxlib
+
+from minillm_jax.validation import ConfigError
+
+
+def use_compilation_cache(folder: str | os.PathLike[str] | None = None) -> pathlib.Path:
+    """Keeps what is compiled from now on; call it before the first compilation.
+
+    Whoever can write to the folder can run code as whoever reads it: it is made for its
+    owner alone, and one that others may write to is refused.
+
+    Args:
+      folder: None is `minillm_jax` in the user's cache folder (`XDG_CACHE_HOME`).
+
+    Returns:
+      The folder of this jaxlib and machine in it.
+
+    Raises:
+      ConfigError: if it cannot be made or written to, or others can write to it.
+    """
+    home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    root = home / "minillm_jax" if folder is None else pathlib.Path(folder)
+    path = root.expanduser().absolute() / machine_key()
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"compilation_cache={root}: cannot be made: {error.strerror}; give a folder"
+        ) from None
+    if not os.access(path, os.W_OK):
+        raise ConfigError(f"compilation_cache={root}: cannot be written; give another")
+    if os.name == "posix" and path.stat().st_mode & 0o022:
+        raise ConfigError(
+            f"compilation_cache={path}: others may write there, and could make you run "
+            "their code; take that right from them (chmod go-w), or give another folder"
+        )
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    return path
+
+
+def machine_key() -> str:
+    """`jaxlib-VERSION-MACHINE-DIGEST`, the digest of the processor's features."""
+    digest = hashlib.sha256(_processor().encode()).hexdigest()[:12]
+    return f"jaxlib-{jaxlib.__version__}-{platform.machine()}-{digest}"
+
+
+def _processor() -> str:
+    """What tells this kind of processor from others."""
+    wanted = ("model name", "flags", "Features", "CPU implementer", "CPU part")
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return f"{platform.platform()} {platform.processor()}"
+    return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
