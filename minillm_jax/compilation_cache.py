@@ -6,12 +6,12 @@ run on another, and XLA only finds out after loading it.
 """
 
 import hashlib
+import importlib.metadata
 import os
 import pathlib
 import platform
 
 import jax
-import jaxlib
 
 from minillm_jax.validation import ConfigError
 
@@ -54,8 +54,9 @@ def use_compilation_cache(folder: str | os.PathLike[str] | None = None) -> pathl
 
 def machine_key() -> str:
     """`jaxlib-VERSION-MACHINE-DIGEST`, the digest of the processor's features."""
+    version = importlib.metadata.version("jaxlib")
     digest = hashlib.sha256(_processor().encode()).hexdigest()[:12]
-    return f"jaxlib-{jaxlib.__version__}-{platform.machine()}-{digest}"
+    return f"jaxlib-{version}-{platform.machine()}-{digest}"
 
 
 def _processor() -> str:

@@ -155,25 +155,24 @@ def test_the_gate_sees_a_planted_copy(model):
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
 @pytest.mark.parametrize("capacity", [256, 2048])
 def test_a_step_accesses_the_bytes_that_costs_counts(batch_size, capacity):
-    """Within 10 %: weights once and the cache once, beside what is written.
+    """Within 10 %: the weights once, and the cache once.
 
-    XLA counts an operand and a result each time they pass through memory, and a slot's
-    update as the whole leaf, read and written: that is no traffic, and taken off.
+    For several rows XLA also counts each leaf three times more, as read and written by
+    the scatter of the new slots and read by the gather of the old ones: these touch the
+    slots alone.
     """
-    config = CONFIG.replace(dim_model=512, num_heads=8, num_kv_heads=8)
-    model = mj.create_model(config)
+    model = mj.create_model(CONFIG.replace(dim_model=512, num_heads=8, num_kv_heads=8))
+    config = model.config
     params = jax.eval_shape(lambda: mj.init_params(model))
     cache = jax.eval_shape(lambda: mj.init_cache(config, batch_size, capacity))
     tokens = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
     compiled = mj.decode_step.lower(model, params, cache, tokens).compile()
     accessed = compiled.cost_analysis()["bytes accessed"]
+    if batch_size > 1:
+        slots = [capacity] * config.num_layers
+        accessed -= 3 * costs.cache_bytes(config, batch_size, slots)
     least = costs.decode_step_bytes(config, batch_size, capacity)
-    print(
-        accessed,
-        least,
-        accessed / least,
-        costs.cache_bytes(config, batch_size, [capacity] * 3),
-    )
+    assert least <= accessed <= 1.1 * least
 
 
 @pytest.mark.parametrize("batch_size", [1, 8])
