@@ -22,6 +22,7 @@ import jax
 from benchmarks import compare_report, compare_runs, measure, peers, report, workers
 from minillm_jax import progress
 from minillm_jax.cli import app, config_files, model_folder
+from minillm_jax.config import ModelConfig
 from minillm_jax.model import transformer
 from minillm_jax.model.transformer import MiniLLM
 from minillm_jax.planning import costs, devices
@@ -88,17 +89,27 @@ def _check_machine(
     if settings.plot_path is not None and not importlib.util.find_spec("matplotlib"):
         raise app.UserError("config.compare.plot_path: needs pip install matplotlib")
     running = [name for name in names if not peers.missing(name)]
-    most = max(case.batch_size * case.context for case in cases)
-    each = costs.weight_bytes(model.config) + costs.cache_bytes(
-        model.config, most, [1] * model.config.num_layers
-    )
+    held = sum(_held_bytes(name, model.config, cases) for name in running)
     available = devices.available_bytes(device)
-    if len(running) * each > available:
+    if held > available:
         raise app.UserError(
-            f"{len(running)} peers hold {len(running) * each / 1e9:.1f} GB together, "
+            f"{len(running)} peers hold {held / 1e9:.1f} GB together, "
             f"but {available / 1e9:.1f} GB are available; name fewer, such as "
             f"--config.compare.peers={','.join(running[:2])}"
         )
+
+
+def _held_bytes(name: str, config: ModelConfig, cases: list[compare_runs.Case]) -> int:
+    """Weights and the largest cache of a peer.
+
+    The tutorial's cache has all slots, three times over: a step's input and output, and
+    what its scan makes of it.
+    """
+    whole = name == peers.TUTORIAL
+    slots = config.max_kv_cache_len
+    most = max(case.batch_size * (slots if whole else case.context) for case in cases)
+    cache = costs.cache_bytes(config, most, [1] * config.num_layers)
+    return costs.weight_bytes(config) + cache * (3 if whole else 1)
 
 
 def _export(config: Any, model: MiniLLM, folder: pathlib.Path) -> None:
@@ -149,11 +160,11 @@ def main(config: Any) -> None:
     result = benchmark(config)
     compare_report.show(result)
     settings = result["config"]["compare"]
+    report.write_json(result, settings["json_path"])
     if settings["plot_path"] is not None:
         from benchmarks import compare_plot  # matplotlib is an extra
 
         compare_plot.draw(result, settings["plot_path"])
-    report.write_json(result, settings["json_path"])
 
 
 if __name__ == "__main__":

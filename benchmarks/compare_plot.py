@@ -34,7 +34,7 @@ def draw(result: dict[str, Any], path: str) -> None:
         f"{result['device']['name']}\n"
         "bars: median, whiskers: least and most; black line: what the memory allows"
     )
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, format="png")
     pyplot.close(figure)
 
 

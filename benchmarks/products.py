@@ -8,6 +8,7 @@ it. Prints a table of 10^9 weights per second, then one JSON object as the last 
 """
 
 import functools
+import math
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -67,7 +68,7 @@ def kernel_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
         name = path[-1].key
         first = {"qkv": 1, "gate_up": 1, "down": 1, "out": 3, "lm_head": 1}.get(name)
         if first is not None:
-            features = int(jnp.prod(jnp.array(leaf.shape[:first])))
+            features = math.prod(leaf.shape[:first])
             found[name] = (features, leaf.size // features)
     return found
 
@@ -102,6 +103,8 @@ def measured(shape: tuple[int, int], rows: int) -> dict[str, float]:
 def benchmark(config: Any) -> dict[str, Any]:
     """Measures a config file's kernels; returns the object that `main` prints."""
     model_config = config_files.model_config(config)
+    json_path = config_files.decode_settings(config).json_path
+    report.check_writable(json_path, "decode.json_path")
     shapes, results = kernel_shapes(model_config), []
     with progress.bar("", len(shapes) * len(ROWS)) as bar:
         for name, shape in shapes.items():

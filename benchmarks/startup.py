@@ -128,8 +128,9 @@ def show(result: dict[str, Any]) -> None:
 
 def main(config: Any) -> None:
     """Measures, then prints."""
-    arguments = [arg for arg in sys.argv[1:] if "compilation_cache" not in arg]
-    result = benchmark(config, arguments)
+    if any("compilation_cache" in arg for arg in sys.argv[1:]):
+        raise UserError("--compilation_cache: this measures with folders of its own")
+    result = benchmark(config, sys.argv[1:])
     show(result)
     report.write_json(result, config_files.decode_settings(config).json_path)
 

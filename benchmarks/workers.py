@@ -1,8 +1,10 @@
 """The processes of the peers, from the side of the comparison."""
 
+import contextlib
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 from typing import Any
@@ -31,7 +33,11 @@ class Worker:
                 stderr=stderr,
                 text=True,
             )
-        self._reply()
+        try:
+            self._reply()
+        except BaseException:  # Ctrl-C too: no process is left behind
+            self.stop()
+            raise
 
     def call(self, **request: Any) -> dict[str, Any]:
         """The reply to a request; raises PeerError if there is none."""
@@ -60,10 +66,14 @@ class Worker:
         return reply
 
     def _raise_ended(self) -> None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=10)  # its own code, not that of the kill
         self.stop()
         said = self._log.read_text(errors="replace").strip().splitlines()
         last = f": {said[-1].strip()[:200]}" if said else ""
-        raise PeerError(f"ended with code {self._process.returncode}{last}")
+        code = self._process.returncode
+        killed = " (killed: out of memory?)" if code == -signal.SIGKILL else ""
+        raise PeerError(f"ended with code {code}{killed}{last}")
 
 
 def start(name: str, folder: pathlib.Path, config_file: pathlib.Path) -> Worker:
@@ -78,5 +88,7 @@ def start(name: str, folder: pathlib.Path, config_file: pathlib.Path) -> Worker:
 
 
 def threads() -> int:
-    """Threads of every peer: one for each core."""
+    """Threads of every peer: the processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

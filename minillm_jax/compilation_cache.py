@@ -31,25 +31,43 @@ def use_compilation_cache(folder: str | os.PathLike[str] | None = None) -> pathl
     Raises:
       ConfigError: if it cannot be made or written to, or others can write to it.
     """
-    home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    if folder is not None and not os.fspath(folder):
+        raise ConfigError("compilation_cache='': give a folder")
+    home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     root = home / "minillm_jax" if folder is None else pathlib.Path(folder)
-    path = root.expanduser().absolute() / machine_key()
     try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
+        root = root.expanduser().absolute()
+        root.parent.mkdir(parents=True, exist_ok=True)
+        path = root / machine_key()
+        for made in (root, path):
+            made.mkdir(mode=0o700, exist_ok=True)
+            _check_own(made)
+    except (OSError, RuntimeError) as error:  # RuntimeError: no such user's home
+        said = getattr(error, "strerror", None) or error
         raise ConfigError(
-            f"compilation_cache={root}: cannot be made: {error.strerror}; give a folder"
+            f"compilation_cache={root}: cannot be made: {said}; give another folder"
         ) from None
     if not os.access(path, os.W_OK):
         raise ConfigError(f"compilation_cache={root}: cannot be written; give another")
-    if os.name == "posix" and path.stat().st_mode & 0o022:
-        raise ConfigError(
-            f"compilation_cache={path}: others may write there, and could make you run "
-            "their code; take that right from them (chmod go-w), or give another folder"
-        )
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     return path
+
+
+def _check_own(folder: pathlib.Path) -> None:
+    """Raises ConfigError where others could put code into a folder."""
+    if os.name != "posix":
+        return
+    found = folder.stat()
+    if found.st_uid != os.geteuid():
+        raise ConfigError(
+            f"compilation_cache={folder}: is another user's; give another"
+        )
+    if found.st_mode & 0o022:
+        raise ConfigError(
+            f"compilation_cache={folder}: others may write there, and could make you "
+            "run their code; take that right from them (chmod go-w), or give another"
+        )
 
 
 def machine_key() -> str:

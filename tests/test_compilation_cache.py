@@ -1,6 +1,7 @@
 """Compiled functions on disk: found again, by this machine alone; safe to damage."""
 
 import importlib.metadata
+import os
 import warnings
 
 import jax
@@ -68,7 +69,7 @@ def test_a_damaged_entry_is_compiled_again(folder, tiny):
 
 def test_the_folder_is_the_owners_alone_and_this_machines(folder, monkeypatch):
     path = mj.use_compilation_cache(folder)
-    assert path.stat().st_mode & 0o777 == 0o700
+    assert path.stat().st_mode & 0o777 == folder.stat().st_mode & 0o777 == 0o700
     monkeypatch.setattr(compilation_cache, "_processor", lambda: "another processor")
     assert mj.use_compilation_cache(folder) != path
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.0.1")
@@ -80,16 +81,33 @@ def test_the_default_is_in_the_users_cache_folder(folder, monkeypatch):
     assert mj.use_compilation_cache().parent == folder / "minillm_jax"
 
 
-def test_a_folder_that_others_can_write_to_is_refused(folder):
+@pytest.mark.parametrize("which", ["the folder", "this machine's"])
+def test_a_folder_that_others_can_write_to_is_refused(folder, which):
     path = mj.use_compilation_cache(folder)
-    path.chmod(0o777)
+    (path if which == "this machine's" else folder).chmod(0o777)
     with pytest.raises(mj.ConfigError, match="others may write there"):
         mj.use_compilation_cache(folder)
 
 
+def test_another_users_folder_is_refused(folder, monkeypatch):
+    mj.use_compilation_cache(folder)
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    with pytest.raises(mj.ConfigError, match="another user's"):
+        mj.use_compilation_cache(folder)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [("~nobody_of_this_name/x", "home directory"), ("", "give a folder")],
+)
+def test_a_folder_that_is_none_is_refused(given, message):
+    with pytest.raises(mj.ConfigError, match=message):
+        mj.use_compilation_cache(given)
+
+
 def test_a_folder_that_cannot_be_made_is_refused(folder):
     folder.write_text("a file")
-    with pytest.raises(mj.ConfigError, match="cannot be made: Not a directory"):
+    with pytest.raises(mj.ConfigError, match="cannot be made: File exists"):
         mj.use_compilation_cache(folder)
 
 

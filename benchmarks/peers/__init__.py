@@ -14,7 +14,7 @@ import numpy as np
 
 from minillm_jax.config import ConfigError, ModelConfig
 
-OURS = "ours"
+OURS, TUTORIAL = "ours", "tutorial_jax"
 
 
 class Peer(Protocol):
@@ -58,7 +58,7 @@ _TORCH = Kind("torch_models", {"torch": "torch", "transformers": "transformers"}
 _LLAMA_CPP = Kind("llama_cpp_models", {"llama_cpp": "llama-cpp-python", "gguf": "gguf"})
 PEERS = {
     OURS: Kind("ours"),
-    "tutorial_jax": Kind("tutorial_jax"),
+    TUTORIAL: Kind("tutorial_jax"),
     "transformers_eager": _TORCH,
     "transformers_compiled": _TORCH,
     "llama_cpp_f32": _LLAMA_CPP,

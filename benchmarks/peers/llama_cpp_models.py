@@ -14,7 +14,8 @@ import numpy as np
 from benchmarks.peers import gguf_file
 from minillm_jax.config import ModelConfig
 
-BATCH_TOKENS = 512  # of one call, logical and physical: llama.cpp's own default
+# Of one call, which llama.cpp itself cuts into parts of 512: its own defaults.
+BATCH_TOKENS, PART_TOKENS = 2048, 512
 
 
 class Batch:
@@ -61,7 +62,7 @@ class LlamaCpp:
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = batch_size * (-(-context // 256) * 256)
         params.n_seq_max = batch_size
-        params.n_batch = params.n_ubatch = BATCH_TOKENS
+        params.n_batch, params.n_ubatch = BATCH_TOKENS, PART_TOKENS
         params.n_threads = params.n_threads_batch = self._threads
         if self._wide:
             params.type_k = params.type_v = llama_cpp.GGML_TYPE_F32

@@ -61,7 +61,9 @@ class Eager:
 
     def _rewind(self) -> None:
         assert self._cache is not None
-        self._cache.crop(self._prompt_tokens - self._cache.get_seq_length())
+        added = self._cache.get_seq_length() - self._prompt_tokens
+        if added > 0:  # crop(-n) takes the last n tokens away
+            self._cache.crop(-added)
 
 
 class Compiled(Eager):
@@ -72,6 +74,7 @@ class Compiled(Eager):
         self._step = torch.compile(model.forward, fullgraph=True, dynamic=False)
 
     def begin(self, batch_size: int, context: int) -> None:
+        torch._dynamo.reset()  # it compiles no more than a few shapes
         self._cache = transformers.StaticCache(
             config=self._model.config, max_cache_len=context
         )

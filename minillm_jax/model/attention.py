@@ -142,7 +142,8 @@ def _attend_by_blocks(q, k, v, queries: Places, keys: Places, scoring: Scoring):
     def add(sums, k, v, mask):
         highest, total, mixed = sums  # of the blocks so far
         scores = _scores(q, k, mask, scoring)
-        higher = jnp.maximum(highest, jnp.max(scores, axis=-1, keepdims=True))
+        largest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+        higher = jnp.maximum(highest, largest)  # keeps exp in range; cancels out
         weights, faded = jnp.exp(scores - higher), jnp.exp(highest - higher)
         total = total * faded + jnp.sum(weights, axis=-1, keepdims=True)
         added = _product("...KGTS,...KSH->...KGTH", weights.astype(v.dtype), v)

@@ -1,8 +1,8 @@
-"""A product with weights, in the form that each backend runs best: one place for all.
+"""A product with a kernel, in the form that each backend runs best: chosen here alone.
 
-The branch is chosen when a function is lowered, for the platform it is lowered for.
-What XLA on CPU makes of few rows (`benchmarks.products` measures it) is why it exists:
-a single row in one product leaves the memory half asleep, in parts it does not.
+The form follows from the platform that a function is lowered for, and the model knows
+none of it. On CPU a single row is multiplied in parts, which keep the memory busier
+than one product does; `benchmarks.products` measures that, and what did not help.
 
 Axes: I input features, O output features, N parts of I.
 """
