@@ -333,6 +333,33 @@ def test_blocks_of_a_cached_call_equal_the_whole(batch_size, variation, monkeypa
     chex.assert_trees_all_close(blocked, whole, atol=1e-5, rtol=0)
 
 
+def test_blocks_of_a_wrapped_ring_with_sinks_equal_the_whole(monkeypatch):
+    model, params = build(**VARIATIONS["gqa"])
+    ring = mj.CachePolicy(overflow="ring", num_sinks=2)
+    tokens = some_tokens((2, 13))
+
+    def calls(params, cache):
+        logits = []
+        for _ in range(4):  # 52 tokens through a window of 20
+            out, updated = model.apply(
+                {"params": params, "cache": cache},
+                tokens,
+                lengths=jnp.array([13, 11]),
+                policy=ring,
+                mutable=["cache"],
+            )
+            logits.append(out)
+            cache = updated["cache"]
+        return logits
+
+    cache = mj.init_cache(model.config, 2, 20, policy=ring)
+    whole = jax.jit(calls)(params, cache)
+    sizes = small_blocks(monkeypatch)
+    blocked = jax.jit(lambda params, cache: calls(params, cache))(params, cache)
+    assert {size for size, _ in sizes} == {8}
+    chex.assert_trees_all_close(blocked, whole, atol=1e-5, rtol=0)
+
+
 def test_blocks_that_no_query_sees_are_skipped(monkeypatch):
     """NaN in V poisons even a sum that it has no weight in, unless it is not read."""
     small_blocks(monkeypatch)
