@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from rich import console, table
+from rich import console
 
 from benchmarks import report
 
@@ -80,10 +80,8 @@ def show(result: dict[str, Any]) -> None:
 
 
 def _grid(columns: dict[str, Callable[[_Row], str]], rows: dict[str, _Row]) -> Any:
-    grid = table.Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    grid.add_column("", no_wrap=True, min_width=21)
-    for heading in columns:
-        grid.add_column(heading, justify="right", no_wrap=True)
+    grid = report.grid("", *columns)
+    grid.columns[0].justify, grid.columns[0].min_width = "left", 21
     for name, row in rows.items():
         grid.add_row(name, *(cell(row) for cell in columns.values()))
     return grid

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from rich import console, table
+from rich import console
 
 from benchmarks import measure, report
 from minillm_jax import progress
@@ -103,8 +103,7 @@ def measured(shape: tuple[int, int], rows: int) -> dict[str, float]:
 def benchmark(config: Any) -> dict[str, Any]:
     """Measures a config file's kernels; returns the object that `main` prints."""
     model_config = config_files.model_config(config)
-    json_path = config_files.decode_settings(config).json_path
-    report.check_writable(json_path, "decode.json_path")
+    report.check_writable(config_files.decode_settings(config).json_path)
     shapes, results = kernel_shapes(model_config), []
     with progress.bar("", len(shapes) * len(ROWS)) as bar:
         for name, shape in shapes.items():
@@ -121,10 +120,8 @@ def show(result: dict[str, Any]) -> None:
     """The table."""
     out = console.Console(highlight=False)
     out.print(f"{result['device']['name']}, jax {result['versions']['jax']}\n")
-    grid = table.Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     names = list(result["results"][0]["giga_weights_per_second"])
-    for heading in ("kernel", "in x out", "rows", *names):
-        grid.add_column(heading, justify="right", no_wrap=True)
+    grid = report.grid("kernel", "in x out", "rows", *names)
     for row in result["results"]:
         rates = row["giga_weights_per_second"].values()
         shape = " x ".join(map(str, row["shape"]))

@@ -55,17 +55,23 @@ def show_decode(result: dict[str, Any]) -> None:
         f"{_gb(memory['peak_bytes'])}\n"
         f"read bandwidth {result['bandwidth_gb_per_s']:.1f} GB/s\n"
     )
-    grid = table.Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    for heading in _DECODE_COLUMNS:
-        grid.add_column(heading, justify="right", no_wrap=True)
+    shown = grid(*_DECODE_COLUMNS)
     for row in result["results"]:
-        grid.add_row(*(cell(row) for cell in _DECODE_COLUMNS.values()))
-    out.print(grid)
+        shown.add_row(*(cell(row) for cell in _DECODE_COLUMNS.values()))
+    out.print(shown)
     out.print(
         "\ntok/s: all rows together. GB/s: the bytes a step must read over its time.\n"
         "MBU: its share of the read bandwidth probed beside each repeat (median).\n"
         "no cache: one full forward over the context for each token.\n"
     )
+
+
+def grid(*headings: str) -> table.Table:
+    """An empty table without lines, its columns aligned on the right."""
+    found = table.Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for heading in headings:
+        found.add_column(heading, justify="right", no_wrap=True)
+    return found
 
 
 def or_dash(value: Any, shown: Callable[[Any], str]) -> str:

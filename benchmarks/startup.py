@@ -83,8 +83,7 @@ def first_token_seconds(arguments: list[str], folder: pathlib.Path) -> float:
 def benchmark(config: Any, arguments: list[str]) -> dict[str, Any]:
     """Measures a config file's model; returns the object that `main` prints."""
     model = transformer.create_model(config_files.model_config(config))
-    settings = config_files.decode_settings(config)
-    report.check_writable(settings.json_path, "decode.json_path")
+    report.check_writable(config_files.decode_settings(config).json_path)
     rows: dict[str, dict[str, float | None]] = {}
     with tempfile.TemporaryDirectory(prefix="minillm_jax_startup_") as temporary:
         folder = pathlib.Path(temporary)
