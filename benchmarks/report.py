@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from rich import console, table
+from rich import console, table, text
 
 from minillm_jax.cli.app import UserError
 from minillm_jax.planning import devices
@@ -70,7 +70,7 @@ def grid(*headings: str) -> table.Table:
     """An empty table without lines, its columns aligned on the right."""
     found = table.Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for heading in headings:
-        found.add_column(heading, justify="right", no_wrap=True)
+        found.add_column(text.Text(heading), justify="right", no_wrap=True)
     return found
 
 
@@ -96,9 +96,9 @@ def _gb(size: int | None) -> str:
 def write_json(result: dict[str, Any], path: str | None) -> None:
     """The object as the last line on stdout, and into a file where one is named."""
     line = json.dumps(result)
-    print(line, flush=True)
-    if path is not None:
+    if path is not None:  # first: whoever reads stdout may have left
         pathlib.Path(path).write_text(line + "\n")
+    print(line, flush=True)
 
 
 def check_writable(path: str | None, field: str = "decode.json_path") -> None:
