@@ -45,11 +45,22 @@ def _parts(x, kernel, parts: int):
     return jnp.einsum("BNI,NIO->NBO", rows, kernels).sum(0)
 
 
+def _float32_sums(x, kernel):
+    return jnp.matmul(x, kernel, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+def _twice(x, kernel):
+    """Each row twice, so that there are two at least."""
+    return _float32_sums(jnp.concatenate([x, x]), kernel)[: x.shape[0]]
+
+
 def _forms() -> dict[str, tuple[Callable[..., Any], dict[str, Any] | None]]:
     """By name: the product, and options of the compiler."""
     forms: dict[str, Any] = {
         "[in, out]": (_whole, None),
         "[out, in]": (_transposed, None),
+        "float32 sums": (_float32_sums, None),
+        "rows twice": (_twice, None),
     }
     for parts in (2, 4, 8):
         forms[f"{parts} parts"] = (functools.partial(_parts, parts=parts), None)
@@ -73,19 +84,19 @@ def kernel_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     return found
 
 
-def measured(shape: tuple[int, int], rows: int) -> dict[str, float]:
+def measured(shape: tuple[int, int], rows: int, dtype: str) -> dict[str, float]:
     """10^9 weights per second of each form, medians of rounds in turn."""
     count = max(1, WEIGHTS // (shape[0] * shape[1]))
     keys = jax.random.split(jax.random.key(0), count)
-    kernels = [jax.random.normal(key, shape) for key in keys]
+    kernels = [jax.random.normal(key, shape, dtype) for key in keys]
     transposed = [jnp.array(kernel.T) for kernel in kernels]
-    x, runs = jnp.ones((rows, shape[0])), {}
+    x, runs = jnp.ones((rows, shape[0]), dtype), {}
     for name, (form, options) in _forms().items():
         given = transposed if form is _transposed else kernels
 
         def chain(x, kernels, form=form):
             for kernel in kernels:  # each waits for the one before
-                x = x + 1e-9 * jnp.sum(form(x, kernel))
+                x = x + jnp.asarray(1e-9, dtype) * jnp.sum(form(x, kernel))
             return x
 
         compiled = jax.jit(chain, compiler_options=options).lower(x, given).compile()
@@ -104,24 +115,33 @@ def benchmark(config: Any) -> dict[str, Any]:
     """Measures a config file's kernels; returns the object that `main` prints."""
     model_config = config_files.model_config(config)
     report.check_writable(config_files.decode_settings(config).json_path)
+    dtype = model_config.resolve(jax.devices()[0].platform).dtype
     shapes, results = kernel_shapes(model_config), []
     with progress.bar("", len(shapes) * len(ROWS)) as bar:
         for name, shape in shapes.items():
             for rows in ROWS:
                 progress.advance(bar, f"{name}, {rows} rows")
-                rates = measured(shape, rows)
+                rates = measured(shape, rows, dtype)
                 row = {"kernel": name, "shape": list(shape), "rows": rows}
                 results.append(row | {"giga_weights_per_second": rates})
-    sections = {"model": model_config.to_dict(), "cpu_parts": products.CPU_PARTS}
+    sections = {
+        "model": model_config.to_dict(),
+        "dtype": dtype,
+        "cpu_parts": products.CPU_PARTS,
+    }
     return report.header("products", sections) | {"results": results}
 
 
 def show(result: dict[str, Any]) -> None:
     """The table."""
     out = console.Console(highlight=False)
-    out.print(f"{result['device']['name']}, jax {result['versions']['jax']}\n")
+    out.print(
+        f"{result['device']['name']}, jax {result['versions']['jax']}, "
+        f"{result['config']['dtype']}\n"
+    )
     names = list(result["results"][0]["giga_weights_per_second"])
-    grid = report.grid("kernel", "in x out", "rows", *names)
+    headings = [name.replace(" ", "\n") for name in names]
+    grid = report.grid("kernel", "in x out", "rows", *headings)
     for row in result["results"]:
         rates = row["giga_weights_per_second"].values()
         shape = " x ".join(map(str, row["shape"]))

@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float
 
 from minillm_jax.config import ModelConfig
 from minillm_jax.model import cache as kv
-from minillm_jax.model import layers, rope
+from minillm_jax.model import layers, products, rope
 
 # Scores of one block of queries and keys, bytes: what keeps memory linear.
 SCORE_BYTES = 64 * 2**20
@@ -121,18 +121,14 @@ def _split(x: jax.Array, axis: int, block: int) -> jax.Array:
 
 
 def _scores(q, k, mask, scoring: Scoring):
-    scores = _product("...KGTH,...KSH->...KGTS", q, k)
+    scores = products.batched_product("...KGTH,...KSH->...KGTS", q, k)
     scores = layers.softcap(scores * scoring.scale, scoring.softcap)
     return jnp.where(mask[..., None, None, :, :], scores, MASKED)
 
 
-def _product(axes: str, a, b):
-    return jnp.einsum(axes, a, b, preferred_element_type=jnp.float32)
-
-
 def _attend_at_once(q, k, v, mask, scoring: Scoring):
     probs = jax.nn.softmax(_scores(q, k, mask, scoring), axis=-1).astype(v.dtype)
-    return _product("...KGTS,...KSH->...KGTH", probs, v).astype(q.dtype)
+    return products.batched_product("...KGTS,...KSH->...KGTH", probs, v).astype(q.dtype)
 
 
 def _attend_by_blocks(q, k, v, queries: Places, keys: Places, scoring: Scoring):
@@ -146,7 +142,9 @@ def _attend_by_blocks(q, k, v, queries: Places, keys: Places, scoring: Scoring):
         higher = jnp.maximum(highest, largest)  # keeps exp in range; cancels out
         weights, faded = jnp.exp(scores - higher), jnp.exp(highest - higher)
         total = total * faded + jnp.sum(weights, axis=-1, keepdims=True)
-        added = _product("...KGTS,...KSH->...KGTH", weights.astype(v.dtype), v)
+        added = products.batched_product(
+            "...KGTS,...KSH->...KGTH", weights.astype(v.dtype), v
+        )
         return higher, total, mixed * faded + added
 
     def step(sums, first):

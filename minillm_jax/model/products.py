@@ -1,8 +1,14 @@
-"""A product with a kernel, in the form that each backend runs best: chosen here alone.
+"""Products in the form that each backend runs best: chosen here alone.
 
 The form follows from the platform that a function is lowered for, and the model knows
-none of it. On CPU a single row is multiplied in parts, which keep the memory busier
-than one product does; `benchmarks.products` measures that, and what did not help.
+none of it. On CPU:
+
+- One row of float32 meets its kernel in parts, which keep the memory busier than one
+  product does.
+- XLA reads bfloat16 as it is stored where two rows or more meet a matrix and the sums
+  are float32, and converts the whole matrix first where not. So one row goes twice.
+
+`benchmarks.products` measures both, and what did not help.
 
 Axes: I input features, O output features, N parts of I.
 """
@@ -19,24 +25,56 @@ CPU_PARTS = 4  # of one row: enough of them to keep the cores of a CPU at the me
 
 def product(
     x: Float[Array, "*axes I"],
-    kernel: Float[Array, "I ..."],
+    kernel: Float[Array, "..."],
     *,
+    axis: int = 0,
     dtype: DTypeLike | None = None,
 ) -> Float[Array, "..."]:
-    """`x` times `kernel`, which is cast to x's dtype; the result in `dtype`, or x's."""
+    """`x` times `kernel`, whose `axis` has size I.
+
+    The kernel is cast to x's dtype; the result is in `dtype`, or x's.
+    """
     kernel = kernel.astype(x.dtype)
     dtype = x.dtype if dtype is None else dtype
+    one_row = math.prod(x.shape[:-1]) == 1
 
-    def whole(x, kernel):
-        return jnp.tensordot(x, kernel, 1, preferred_element_type=dtype)
+    def whole(x, kernel, dtype=dtype):
+        axes = ((x.ndim - 1,), (axis,))
+        return jnp.tensordot(x, kernel, axes, preferred_element_type=dtype)
 
-    def parts(x, kernel):
+    def in_parts(x, kernel):
         return _in_parts(x, kernel).astype(dtype)
 
-    one_row = math.prod(x.shape[:-1]) == 1
-    if not one_row or x.shape[-1] % CPU_PARTS:
-        return whole(x, kernel)
-    return jax.lax.platform_dependent(x, kernel, cpu=parts, default=whole)
+    def narrow(x, kernel):
+        if one_row:
+            return whole(_twice(x, 0), kernel, jnp.float32)[0].astype(dtype)
+        return whole(x, kernel, jnp.float32).astype(dtype)
+
+    if x.dtype.itemsize < 4:
+        return jax.lax.platform_dependent(x, kernel, cpu=narrow, default=whole)
+    if one_row and axis == 0 and x.shape[-1] % CPU_PARTS == 0:
+        return jax.lax.platform_dependent(x, kernel, cpu=in_parts, default=whole)
+    return whole(x, kernel)
+
+
+def batched_product(
+    axes: str, rows: Float[Array, "*axes G T I"], matrices: Float[Array, "..."]
+) -> Float[Array, "*axes G T O"]:
+    """The einsum `axes` of G x T rows with a matrix of their own each, in float32."""
+
+    def whole(rows, matrices):
+        return jnp.einsum(axes, rows, matrices, preferred_element_type=jnp.float32)
+
+    def twice(rows, matrices):
+        return whole(_twice(rows[..., 0, :], -2), matrices)[..., :1, :]
+
+    if rows.dtype.itemsize < 4 and rows.shape[-3:-1] == (1, 1):
+        return jax.lax.platform_dependent(rows, matrices, cpu=twice, default=whole)
+    return whole(rows, matrices)
+
+
+def _twice(x, axis: int):
+    return jnp.stack([x, x], axis)
 
 
 def _in_parts(x, kernel):

@@ -149,12 +149,9 @@ class MiniLLM(nn.Module):
         """Logits of hidden states, float32."""
         with jax.named_scope("unembed"):
             x = self.final_norm(x)
-            if self.config.tie_embeddings:
-                head = self.embedding.astype(x.dtype)
-                axes, float32 = "...D,VD->...V", jnp.float32
-                logits = jnp.einsum(axes, x, head, preferred_element_type=float32)
-            else:
-                logits = products.product(x, self.lm_head, dtype=jnp.float32)
+            tied = self.config.tie_embeddings
+            head, axis = (self.embedding, 1) if tied else (self.lm_head, 0)
+            logits = products.product(x, head, axis=axis, dtype=jnp.float32)
             return layers.softcap(logits, self.config.logits_softcap)
 
     def _check_call(self, tokens, lengths, segment_ids, policy) -> None:

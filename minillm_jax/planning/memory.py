@@ -123,17 +123,16 @@ def _conversions(config, platform: str, rows: int, cache: int, largest: float) -
     """Copies in another dtype that XLA keeps beside the stored arrays.
 
     Weights stored in another dtype than they are computed in are converted before a
-    token loop, all of them. XLA on CPU computes few rows in float32 and converts what
-    is not, all at once: weights and cache before JAX 0.12; from then on the weights
-    for one row, and a layer's cache for more.
+    token loop, all of them. Before JAX 0.12, XLA on CPU also looks tokens up and writes
+    to the cache in float32: it converts the embedding, tied to the head twice, and the
+    cache, of several rows all layers at once.
     """
-    weights32 = 4 * costs.parameters(config)
-    cache32 = cache * 4 // costs.itemsize(config.cache_dtype)
-    if platform == "cpu" and config.dtype != "float32":
-        if jax.__version_info__ < (0, 12):
-            return weights32 + cache32
-        return weights32 if rows == 1 else int(cache32 * largest)
     size, copies = costs.itemsize(config.dtype), 0
+    if platform == "cpu" and size < 4 and jax.__version_info__ < (0, 12):
+        width = 6 if config.tie_embeddings else 4
+        copies += width * config.vocab_size * config.dim_model
+        cache32 = cache * 4 // costs.itemsize(config.cache_dtype)
+        copies += cache32 if rows > 1 else int(cache32 * largest)
     if config.param_dtype != config.dtype:
         copies += costs.parameters(config) * size
     if config.cache_dtype != config.dtype:  # a layer's at a time

@@ -372,16 +372,21 @@ def test_blocks_that_no_query_sees_are_skipped(monkeypatch):
     np.testing.assert_allclose(out, 1.0, rtol=1e-6)
 
 
-def test_slots_of_two_key_blocks_count_once(monkeypatch):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_slots_of_two_key_blocks_count_once(dtype, monkeypatch):
     """21 keys are the blocks 0-7, 8-15 and 13-20."""
-    q = jax.random.normal(jax.random.key(0), (2, 1, 9, 4))
-    k, v = jax.random.normal(jax.random.key(1), (2, 2, 21, 4))
+    tolerance = 1e-6 if dtype == "float32" else 2e-2
+    q = jax.random.normal(jax.random.key(0), (2, 1, 9, 4)).astype(dtype)
+    k, v = jax.random.normal(jax.random.key(1), (2, 2, 21, 4)).astype(dtype)
     queries = attention.Places(jnp.arange(12, 21))
     keys = attention.Places(jnp.arange(21))
-    whole = attention.attend(q, k, v, queries=queries, keys=keys)
+    wide = (a.astype(jnp.float32) for a in (q, k, v))
+    whole = attention.attend(*wide, queries=queries, keys=keys)
     small_blocks(monkeypatch)
     blocked = attention.attend(q, k, v, queries=queries, keys=keys)
-    chex.assert_trees_all_close(blocked, whole, atol=1e-6, rtol=0)
+    assert blocked.dtype == dtype
+    blocked = blocked.astype(jnp.float32)
+    chex.assert_trees_all_close(blocked, whole, atol=tolerance, rtol=0)
 
 
 @pytest.mark.parametrize("what", ["forward", "gradient"])

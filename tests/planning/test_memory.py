@@ -71,7 +71,7 @@ def test_the_cache_of_the_largest_layer_is_what_is_converted_at_once():
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
 def test_the_plan_holds_the_float32_copies_of_a_bfloat16_decode(batch_size):
-    """XLA on CPU keeps all of them at once for one row, whatever the JAX version."""
+    """Before JAX 0.12 XLA on CPU keeps some of them; from then on none."""
     config = mj.Configs.small().replace(num_layers=2, dtype="bfloat16")
     model = mj.create_model(config)
     params = jax.eval_shape(lambda: mj.init_params(model))
@@ -82,8 +82,9 @@ def test_the_plan_holds_the_float32_copies_of_a_bfloat16_decode(batch_size):
     measured = chunk.compile().memory_analysis().temp_size_in_bytes
     planned = plan(config, batch_size)
     assert measured <= planned.conversion_bytes + planned.activation_bytes
-    if batch_size == 1:
-        assert planned.conversion_bytes >= 0.5 * measured
+    before = jax.__version_info__ < (0, 12)
+    assert (planned.conversion_bytes > 0) == before
+    assert not before or measured >= 0.5 * planned.conversion_bytes
 
 
 @settings(max_examples=200, deadline=None)
@@ -93,7 +94,7 @@ def test_the_plan_holds_the_float32_copies_of_a_bfloat16_decode(batch_size):
     layers=st.integers(1, 100),
     more=st.sampled_from(["batch_size", "capacity", "layers"]),
 )
-def test_more_never_needs_less_but_where_query_blocks_halve(
+def test_more_never_needs_less_but_for_a_smaller_block_of_scores(
     batch_size, capacity, layers, more
 ):
     def total(batch_size, capacity, layers):
@@ -101,5 +102,5 @@ def test_more_never_needs_less_but_where_query_blocks_halve(
         return plan(config, batch_size, capacity).total_bytes
 
     sizes = {"batch_size": batch_size, "capacity": capacity, "layers": layers}
-    halved = 3 * attention.SCORE_BYTES / 2 * memory.MARGIN
-    assert total(**(sizes | {more: sizes[more] + 1})) >= total(**sizes) - halved
+    block = 3 * attention.SCORE_BYTES / 2 * memory.MARGIN
+    assert total(**(sizes | {more: sizes[more] + 1})) >= total(**sizes) - block
