@@ -2,8 +2,8 @@
 
     python -m benchmarks.decode --config=configs/medium.py
 
-On 2 cores of an AMD EPYC, JAX 0.10.2, float32: 27.3 tokens/s at a context of 128, 21.2
-at 2048 (6.9 and 134 times a decode without cache).
+On 2 cores of an AMD EPYC, JAX 0.10.2, float32: 30.5 tokens/s at a context of 128, 23.6
+at 2048 (7.0 and 104 times a decode without cache).
 
 Any field can be set behind it, such as --config.model.num_kv_heads=4. The numbers of
 the preset are in minillm_jax/config.py.
