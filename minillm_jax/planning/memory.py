@@ -131,7 +131,7 @@ def _conversions(config, platform: str, rows: int, cache: int, largest: float) -
     if platform == "cpu" and size < 4 and jax.__version_info__ < (0, 12):
         width = 6 if config.tie_embeddings else 4
         copies += width * config.vocab_size * config.dim_model
-        if config.cache_dtype == "bfloat16":
+        if costs.itemsize(config.cache_dtype) == 2:
             copies += 2 * (cache if rows > 1 else int(cache * largest))
     if config.param_dtype != config.dtype:
         copies += costs.parameters(config) * size
