@@ -21,6 +21,7 @@ MAX_LAYERS = 4096
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 _Positive = Range(1e-6, 1e6)
 Dtype = OneOf(("auto", *FLOAT_DTYPES))
+Kernel = OneOf(("auto", "xla", "cudnn"))
 
 # Names other libraries use for the same thing. They work, with a DeprecationWarning.
 LEGACY_NAMES = {
@@ -124,6 +125,11 @@ class ModelConfig:
     # How it runs.
     # Tokens of one prefill call at most; None = min(max_seq_len, 512).
     prefill_chunk: Annotated[int, Tokens] = None  # pyright: ignore
+    # Kernels of attention on NVIDIA GPUs, of several tokens and of one with a cache:
+    # "cudnn" flash attention where it serves, or "xla"; "auto" = what `create_model`
+    # finds. Elsewhere it is always XLA.
+    attention: Annotated[str, Kernel] = "auto"
+    decode_attention: Annotated[str, Kernel] = "auto"
     dtype: Annotated[str, Dtype] = "auto"  # of computation
     param_dtype: Annotated[str, Dtype] = "auto"  # parameters as stored
     cache_dtype: Annotated[str, Dtype] = "auto"  # keys and values as stored

@@ -41,6 +41,7 @@ BOOL_FIELDS = (
     *("tie_embeddings", "qkv_bias", "qk_norm", "norm_unit_offset", "post_norms"),
 )
 DTYPE_FIELDS = ("dtype", "param_dtype", "cache_dtype")
+KERNEL_FIELDS = ("attention", "decode_attention")
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0}
 PAIRS = 32  # of BASE
 TRAINED = {"factor": 4.0, "original_max_position_embeddings": 256}
@@ -88,6 +89,7 @@ OTHER_VALUES = {
 def test_every_field_is_of_a_kind_tried_here():
     numbers = {*INT_FIELDS, *FLOAT_FIELDS}
     others = {"rope_scaling", "eos_token_ids", "global_layers", "activation"}
+    others |= set(KERNEL_FIELDS)
     assert {*numbers, *BOOL_FIELDS, *DTYPE_FIELDS, *others} == set(FIELDS)
 
 
@@ -307,6 +309,13 @@ def test_stored_dtypes_follow_dtype_unless_given():
 @pytest.mark.parametrize("field", DTYPE_FIELDS)
 def test_dtype_may_be_given_as_numpy_or_jax_has_it(field, given, name):
     assert getattr(mj.Configs.small().replace(**{field: given}), field) == name
+
+
+@pytest.mark.parametrize("field", KERNEL_FIELDS)
+def test_an_unknown_kernel_is_a_config_error(field):
+    (problem,) = problems_of(**BASE, **{field: "cuddn"})
+    assert problem.startswith(f"{field}='cuddn'")
+    assert problem.endswith("did you mean cudnn?")
 
 
 @pytest.mark.parametrize(
@@ -895,6 +904,7 @@ PLAUSIBLE = st.fixed_dictionaries(
         "tie_embeddings": st.booleans(),
         "rope_scaling": st.none() | SCALINGS,
         "dtype": st.sampled_from(["auto", "float32", "bfloat16", "float16"]),
+        "attention": st.sampled_from(["auto", "xla", "cudnn"]),
         "d_model": st.sampled_from([64, 512]),
     },
 )

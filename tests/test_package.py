@@ -21,6 +21,7 @@ LAYERS = (
     ("config_rules",),
     ("config", "model.products"),
     ("planning.costs", "model.rope", "model.layers", "model.cache"),
+    ("model.cudnn",),
     ("model.attention",),
     ("model.transformer",),
     ("text.tokenizer", "decoding.sampler"),

@@ -74,7 +74,8 @@ def _beside(
     )
     theirs.generation_config.eos_token_id = None  # neither ends before the other
     floats = dict.fromkeys(("dtype", "param_dtype", "cache_dtype"), "float32")
-    ours = MiniLLM(config.replace(**floats, eos_token_ids=()))
+    kernels = dict.fromkeys(("attention", "decode_attention"), "xla")
+    ours = MiniLLM(config.replace(**floats, **kernels, eos_token_ids=()))
     params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
     draw = np.random.default_rng(0)
     for length in sorted({min(length, config.max_seq_len) for length in LENGTHS}):

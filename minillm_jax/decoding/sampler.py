@@ -6,9 +6,10 @@ which it lacks, are those of OpenAI's API, and come after the repetition penalty
 
 Nothing sorts the vocabulary. What top_k and top_p keep is everything from a threshold
 on: the smallest value above which lie less than k tokens, or less than a share of the
-probability. It is found among the 64 largest logits where they suffice, else by
-bisection over the bits of a float; both are exact. Ties of the threshold are kept, as
-transformers' top_k does.
+probability. It is found among the 64 largest logits where they suffice, else by a
+search over the bits of a float; both are exact. On NVIDIA GPUs, where finding the
+largest would sort, and deciding wait for the host, it is always the search. Ties of
+the threshold are kept, as transformers' top_k does.
 
 Axes: B batch, V vocab, C candidates, W weights of a draw.
 """
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 NUM_CANDIDATES = 64  # largest logits that are looked at before the whole row is
+SEARCH_BITS = 4  # of a value that a round of the search settles on a GPU
 BLOCK_SIZE = 128  # of the two-level draw
 MIN_TEMPERATURE = 1e-6  # a lower one is taken for this one: it would overflow
 
@@ -120,40 +122,55 @@ def _threshold(
       target: more than 0.
       wanted: rows that need a threshold; the others get -inf.
     """
-    upto = jnp.cumsum(weigh(candidates), axis=-1)
-    above = jnp.pad(upto[:, :-1], ((0, 0), (1, 0)))
-    among = jnp.where(above < target[:, None], candidates, jnp.inf).min(axis=-1)
-    beyond = wanted & (upto[:, -1] < target)  # these need the whole row
-    whole = jax.lax.cond(
-        jnp.any(beyond), lambda: _bisect(x, weigh(x), target), lambda: among
+
+    def among_candidates(x, candidates):
+        upto = jnp.cumsum(weigh(candidates), axis=-1)
+        above = jnp.pad(upto[:, :-1], ((0, 0), (1, 0)))
+        among = jnp.where(above < target[:, None], candidates, jnp.inf).min(axis=-1)
+        beyond = wanted & (upto[:, -1] < target)  # these need the whole row
+        whole = jax.lax.cond(
+            jnp.any(beyond), lambda: _search(x, weigh(x), target, 1), lambda: among
+        )
+        return jnp.where(beyond, whole, among)
+
+    def in_whole_rows(x, candidates):
+        return _search(x, weigh(x), target, SEARCH_BITS)
+
+    found = jax.lax.platform_dependent(
+        x, candidates, cuda=in_whole_rows, default=among_candidates
     )
-    return jnp.where(wanted, jnp.where(beyond, whole, among), -jnp.inf)
+    return jnp.where(wanted, found, -jnp.inf)
 
 
-def _bisect(
-    x: Float[Array, "B V"], weights: Float[Array, "B V"], target: Float[Array, " B"]
+def _search(
+    x: Float[Array, "B V"],
+    weights: Float[Array, "B V"],
+    target: Float[Array, " B"],
+    bits: int,
 ) -> Float[Array, " B"]:
-    """`_threshold` over the whole row, by the bits of the values: 31 halvings."""
+    """`_threshold` over the whole row, some bits of the values in each round."""
     order = _ordered(x)
 
-    def halve(_, bounds):
-        low, high = bounds
-        middle = low + (high - low) // 2
-        above = jnp.where(order > middle[:, None], weights, 0.0).sum(axis=-1)
-        fits = above < target
-        return jnp.where(fits, low, middle + 1), jnp.where(fits, middle, high)
+    def narrow(turn, low):
+        step = jnp.uint32(1) << jnp.uint32(32 - bits * (turn + 1))
+        parts = jnp.arange(1, 1 << bits, dtype=jnp.uint32)[None]
+        ends = low[:, None] + parts * step - 1
+        heavier = order[:, None] > ends[..., None]
+        above = jnp.where(heavier, weights[:, None], 0.0).sum(axis=-1)
+        return low + step * jnp.sum(above >= target[:, None], -1, dtype=jnp.uint32)
 
-    high = jnp.zeros(x.shape[:1], jnp.int32)
-    low = jnp.full_like(high, _ordered(jnp.float32(-jnp.inf)))
-    low, _ = jax.lax.fori_loop(0, 31, halve, (low, high))
-    bits = jnp.where(low < 0, low ^ 0x7FFFFFFF, low)
-    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+    low = jnp.zeros(x.shape[:1], jnp.uint32)
+    low = jax.lax.fori_loop(0, 32 // bits, narrow, low, unroll=bits > 1)
+    low = jnp.maximum(low, _ordered(jnp.float32(-jnp.inf)))
+    return jax.lax.bitcast_convert_type(
+        jnp.where(low >> 31 == 1, low ^ jnp.uint32(1 << 31), ~low), jnp.float32
+    )
 
 
 def _ordered(x: jax.Array) -> jax.Array:
     """Floats as whole numbers of the same order."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
-    return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
 def _draw(

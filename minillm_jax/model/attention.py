@@ -13,6 +13,7 @@ D model dim.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -22,7 +23,7 @@ from jaxtyping import Array, Bool, Float
 
 from minillm_jax.config import ModelConfig
 from minillm_jax.model import cache as kv
-from minillm_jax.model import layers, products, rope
+from minillm_jax.model import cudnn, layers, products, rope
 
 # Scores of one block of queries and keys, bytes: what keeps memory linear.
 SCORE_BYTES = 64 * 2**20
@@ -81,33 +82,54 @@ def attend(
 ) -> Float[Array, "*B K G T H"]:
     """softmax(scale q kᵀ) v, softmax in float32.
 
-    Several queries go block by block (FlashAttention, Dao et al. 2022,
-    arXiv:2205.14135): memory is linear in T and S, in training too, where a block is
-    computed again rather than stored, and blocks without a key that a query may see are
-    skipped. `scale` None is 1 / sqrt(H); `softcap` caps the scaled scores.
+    Several queries go block by block, and memory is linear in T and S: in training too,
+    where a block is computed again rather than stored. A block of queries meets the
+    keys block by block too (FlashAttention, Dao et al. 2022, arXiv:2205.14135), and
+    blocks without a key that a query may see are skipped. On NVIDIA GPUs, where each
+    decision to skip would wait for the host, it meets all keys at once. `scale` None is
+    1 / sqrt(H); `softcap` caps the scaled scores.
     """
     scoring = Scoring(rule, q.shape[-1] ** -0.5 if scale is None else scale, softcap)
-    length, block = q.shape[-2], query_block(q.shape)
+    length, slots = q.shape[-2], k.shape[-2]
 
-    def one(q, queries):
-        if length == 1 or k.shape[-2] <= KEY_BLOCK:
+    def at_once(q, k, v, queries, keys):
+        def one(q, queries):
             return _attend_at_once(q, k, v, visible(queries, keys, rule), scoring)
-        return _attend_by_blocks(q, k, v, queries, keys, scoring)
 
+        return _in_query_blocks(one, q, queries, query_block(q.shape, slots))
+
+    def by_blocks(q, k, v, queries, keys):
+        def one(q, queries):
+            return _attend_by_blocks(q, k, v, queries, keys, scoring)
+
+        return _in_query_blocks(one, q, queries, query_block(q.shape, KEY_BLOCK))
+
+    if length == 1 or slots <= KEY_BLOCK:
+        return at_once(q, k, v, queries, keys)
+    return jax.lax.platform_dependent(
+        *(q, k, v, queries, keys), cuda=at_once, default=by_blocks
+    )
+
+
+def query_block(q_shape: tuple[int, ...], keys: int) -> int:
+    """Queries of a block: a power of two whose scores of so many keys fit."""
+    heads = math.prod(q_shape[:-2])
+    fitting = max(1, SCORE_BYTES // (4 * heads * keys))
+    return min(MAX_QUERY_BLOCK, max(MIN_QUERY_BLOCK, 2 ** (fitting.bit_length() - 1)))
+
+
+def _in_query_blocks(attend_one, q, queries: Places, block: int):
+    """`attend_one(q, queries)` of each block of queries, put together."""
+    length = q.shape[-2]
     if block >= length:
-        return one(q, queries)
+        return attend_one(q, queries)
     q_blocks = _split(q, -2, block)
     query_blocks = jax.tree.map(lambda x: _split(x, -1, block), queries)
-    out = jax.lax.map(lambda xs: jax.checkpoint(one)(*xs), (q_blocks, query_blocks))
+    out = jax.lax.map(
+        lambda xs: jax.checkpoint(attend_one)(*xs), (q_blocks, query_blocks)
+    )
     out = jnp.moveaxis(out, 0, -3)
     return out.reshape(*q.shape[:-2], -1, q.shape[-1])[..., :length, :]
-
-
-def query_block(q_shape: tuple[int, ...]) -> int:
-    """Queries of a block: a power of two whose scores of KEY_BLOCK fit SCORE_BYTES."""
-    heads = math.prod(q_shape[:-2])
-    fitting = max(1, SCORE_BYTES // (4 * heads * KEY_BLOCK))
-    return min(MAX_QUERY_BLOCK, max(MIN_QUERY_BLOCK, 2 ** (fitting.bit_length() - 1)))
 
 
 def _split(x: jax.Array, axis: int, block: int) -> jax.Array:
@@ -185,8 +207,13 @@ class Attention(nn.Module):
         if self.has_variable("cache", "k"):
             mixed = self._attend_cached(q, k, v, span, policy)
         else:
-            rule = kv.SlotRule(window=self.window)
-            mixed = self._attend(q, k, v, span.places, span.places, rule)
+            rule, places = kv.SlotRule(window=self.window), span.places
+            packed, flash = places.segment_ids is not None, None
+            if cudnn.attends(config, x.shape[1], rule, cached=False, packed=packed):
+                flash = functools.partial(
+                    *(cudnn.attend_alone, q, k, v), window=rule.window, scale=self.scale
+                )
+            mixed = self._attend(q, k, v, places, places, rule, flash)
         groups = (config.num_kv_heads, config.queries_per_kv_head, config.head_dim)
         out = layers.param(self, "out", (*groups, config.dim_model))
         mixed = jnp.moveaxis(mixed, 3, 1)  # [B, T, K, G, H]
@@ -229,17 +256,60 @@ class Attention(nn.Module):
             ]
         for name, leaf in zip(("k", "v"), leaves, strict=True):
             self.put_variable("cache", name, leaf)
+        flash = None
+        if cudnn.attends(
+            self.config, span.places.positions.shape[1], rule, cached=True
+        ):
+            flash = functools.partial(
+                self._flash_cached, q, k, v, leaves, first, counts
+            )
         keys = Places(kv.slot_positions(first + counts, slots, rule))
-        mixed = self._attend(q, *leaves, places, keys, rule)
+        mixed = self._attend(q, *leaves, places, keys, rule, flash)
         return mixed if leaves[0].ndim == 4 else mixed[None]
 
-    def _attend(self, q, k, v, queries: Places, keys: Places, rule: kv.SlotRule):
-        with jax.named_scope("attend"):
+    def _flash_cached(self, q, k, v, leaves, first, counts):
+        """cuDNN's form of what follows a write; one row has no batch axis here."""
+        one_row, call = leaves[0].ndim == 3, (q, k, v, *leaves, first, counts)
+        if one_row:
+            call = [x[None] for x in call]
+        q, k, v, *leaves, first, counts = call
+        if q.shape[-2] == 1:
+            held = first + counts
+            mixed = cudnn.attend_held(q, *leaves, held=held, scale=self.scale)
+        else:
+            mixed = cudnn.attend_after(
+                *(q, k, v, *leaves), first=first, scale=self.scale
+            )
+        return mixed[0] if one_row else mixed
+
+    @property
+    def scale(self) -> float:
+        """What scores are multiplied by."""
+        return self.config.query_pre_attn_scalar**-0.5
+
+    def _attend(
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        queries: Places,
+        keys: Places,
+        rule: kv.SlotRule,
+        flash: Callable[[], jax.Array] | None,
+    ) -> jax.Array:
+        """By `attend`, or on an NVIDIA GPU by `flash` where there is one."""
+
+        def by_xla():
             return attend(
                 *(q, k, v),
                 queries=queries,
                 keys=keys,
                 rule=rule,
-                scale=self.config.query_pre_attn_scalar**-0.5,
+                scale=self.scale,
                 softcap=self.config.attention_softcap,
             )
+
+        with jax.named_scope("attend"):
+            if flash is None:
+                return by_xla()
+            return jax.lax.platform_dependent(cuda=flash, default=by_xla)

@@ -235,20 +235,37 @@ def write(
     """
     new = new.astype(leaf.dtype)
     write_row = functools.partial(_write_row, rule=rule)
-    rows = jax.vmap(write_row) if leaf.ndim == 4 else write_row
-    return rows(leaf, new, positions, counts)
+    several = leaf.ndim == 4
+
+    def in_turn(leaf, new, positions, counts):
+        def next_row(row, leaf):
+            if not several:
+                return write_row(leaf, new, positions, counts)
+            return write_row(leaf, new[row], positions[row], counts[row], row=(row,))
+
+        rows = leaf.shape[0] if several else jnp.minimum(counts, 1)
+        return jax.lax.fori_loop(0, rows, next_row, leaf)
+
+    # On TPU XLA would hold the leaf in another layout for the sake of a write, and copy
+    # it there and back; the carry of a loop keeps its own.
+    return jax.lax.platform_dependent(
+        *(leaf, new, positions, counts),
+        tpu=in_turn,
+        default=jax.vmap(write_row) if several else write_row,
+    )
 
 
-def _write_row(leaf, new, position, count, rule: SlotRule):
+def _write_row(leaf, new, position, count, rule: SlotRule, row: tuple[Any, ...] = ()):
+    """Writes to a leaf of one row or, where `row` is its index, of several."""
     slots, length = leaf.shape[-2], new.shape[-2]
     if not rule.wraps:
-        return _put(leaf, new[:, :slots], position, 0, count)
+        return _put(leaf, new[:, :slots], position, 0, count, row)
     ring = slots - rule.sinks
     assert length <= ring, f"{length} tokens in one write to a ring of {ring} slots"
     slot = _slot(position, slots, rule)
-    leaf = _put(leaf, new, slot, 0, count)
+    leaf = _put(leaf, new, slot, 0, count, row)
     if length > 1:  # what passed the last slot goes on behind the sinks
-        leaf = _put(leaf, new, slot - ring, rule.sinks, count)
+        leaf = _put(leaf, new, slot - ring, rule.sinks, count, row)
     return leaf
 
 
@@ -257,7 +274,7 @@ def _slot(position, slots: int, rule: SlotRule):
     return jnp.where(position < rule.sinks, position, wrapped)
 
 
-def _put(leaf, new, slot, lowest: int, count):
+def _put(leaf, new, slot, lowest: int, count, row: tuple[Any, ...]):
     """Token i of `new` goes to `slot + i`, for i < count and slots from `lowest` on.
 
     `slot` may lie outside the leaf: the window is moved inside, and the tokens moved
@@ -270,9 +287,11 @@ def _put(leaf, new, slot, lowest: int, count):
     keep = (index >= 0) & (index < count)
     if length > 1:
         new = jnp.take(new, index, axis=-2, mode="clip")
-    old = jax.lax.dynamic_slice_in_dim(leaf, start, length, axis=-2)
-    merged = jnp.where(keep[None, :, None], new, old)
-    return jax.lax.dynamic_update_slice_in_dim(leaf, merged, start, axis=-2)
+    at, sizes = (*row, 0, start, 0), (1,) * len(row) + new.shape
+    at = tuple(jnp.asarray(index, start.dtype) for index in at)
+    old = jax.lax.dynamic_slice(leaf, at, sizes)
+    merged = jnp.where(keep[:, None], new, old)
+    return jax.lax.dynamic_update_slice(leaf, merged, at)
 
 
 def slot_positions(

@@ -8,7 +8,12 @@ none of it. On CPU:
 - XLA reads bfloat16 as it is stored where two rows or more meet a matrix and the sums
   are float32, and converts the whole matrix first where not. So one row goes twice.
 
-`benchmarks.products` measures both, and what did not help.
+Elsewhere XLA makes a multiplication and a sum of one row's product. Where something can
+be fused into the first it stores that, as large as the kernel, and some kernels it
+transposes before. Two rows are a matrix product: so one row goes twice there too.
+
+`benchmarks.products` measures the forms on CPU, and what did not help;
+`benchmarks.ahead` shows what XLA makes of them on a GPU or TPU.
 
 Axes: I input features, O output features, N parts of I.
 """
@@ -45,16 +50,19 @@ def product(
     def in_parts(x, kernel):
         return _in_parts(x, kernel).astype(dtype)
 
-    def narrow(x, kernel):
-        if one_row:
-            return whole(_twice(x, 0), kernel, jnp.float32)[0].astype(dtype)
-        return whole(x, kernel, jnp.float32).astype(dtype)
+    def twice(x, kernel, dtype=dtype):
+        return whole(_twice(x, 0), kernel, dtype)[0]
 
+    def narrow(x, kernel):
+        form = twice if one_row else whole
+        return form(x, kernel, jnp.float32).astype(dtype)
+
+    on_cpu, elsewhere = whole, twice if one_row else whole
     if x.dtype.itemsize < 4:
-        return jax.lax.platform_dependent(x, kernel, cpu=narrow, default=whole)
-    if one_row and axis == 0 and x.shape[-1] % CPU_PARTS == 0:
-        return jax.lax.platform_dependent(x, kernel, cpu=in_parts, default=whole)
-    return whole(x, kernel)
+        on_cpu = narrow
+    elif one_row and axis == 0 and x.shape[-1] % CPU_PARTS == 0:
+        on_cpu = in_parts
+    return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=elsewhere)
 
 
 def batched_product(
@@ -68,9 +76,12 @@ def batched_product(
     def twice(rows, matrices):
         return whole(_twice(rows[..., 0, :], -2), matrices)[..., :1, :]
 
-    if rows.dtype.itemsize < 4 and rows.shape[-3:-1] == (1, 1):
-        return jax.lax.platform_dependent(rows, matrices, cpu=twice, default=whole)
-    return whole(rows, matrices)
+    if rows.shape[-3:-1] != (1, 1):
+        return whole(rows, matrices)
+    on_cpu = twice if rows.dtype.itemsize < 4 else whole
+    return jax.lax.platform_dependent(
+        rows, matrices, cpu=on_cpu, tpu=twice, default=whole
+    )
 
 
 def _twice(x, axis: int):

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from minillm_jax.config import ConfigError, ModelConfig, check_is_config
 from minillm_jax.model import cache as kv
-from minillm_jax.model import layers, products, rope
+from minillm_jax.model import cudnn, layers, products, rope
 from minillm_jax.model.attention import Attention, Places, Span
 
 
@@ -224,9 +224,15 @@ def _inside_documents(segment_ids: Int[Array, "B T"], counts) -> tuple[Array, Ar
 
 
 def create_model(config: ModelConfig) -> MiniLLM:
-    """The Linen module of a config; its dtypes "auto" become the default backend's."""
+    """The Linen module of a config, in which nothing is "auto" any more.
+
+    Dtypes and kernels of attention become those of the default backend.
+
+    Raises:
+      ConfigError: if the config asks for a kernel that cannot serve there.
+    """
     check_is_config(config)
-    return MiniLLM(config.resolve(jax.default_backend()))
+    return MiniLLM(cudnn.resolve(config.resolve(jax.default_backend())))
 
 
 def param_shapes(model: MiniLLM) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def plan_decode(
     calls = [(chunk, max(slots))]
     if forward_tokens:
         calls.append((forward_tokens, forward_tokens))
-    working = [_activations(config, batch_size, *call) for call in calls]
+    working = [_activations(config, platform, batch_size, *call) for call in calls]
     return MemoryPlan(
         weights_bytes=weights,
         cache_bytes=cache,
@@ -99,7 +99,9 @@ def plan_decode(
     )
 
 
-def _activations(config: ModelConfig, rows: int, tokens: int, keys: int) -> int:
+def _activations(
+    config: ModelConfig, platform: str, rows: int, tokens: int, keys: int
+) -> int:
     """Bytes alive at once in a call: the widest layer, its scores, the logits.
 
     A layer holds its input and residual, gate and up with their product, and q, k, v;
@@ -109,7 +111,8 @@ def _activations(config: ModelConfig, rows: int, tokens: int, keys: int) -> int:
     heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     width = 3 * config.dim_model + 3 * config.dim_ff + 2 * heads
     shape = (rows, config.num_heads, tokens, config.head_dim)
-    block = min(tokens, attention.query_block(shape)) * min(keys, attention.KEY_BLOCK)
+    together = keys if platform == "gpu" else min(keys, attention.KEY_BLOCK)
+    block = min(tokens, attention.query_block(shape, together)) * together
     scores = 3 * 4 * rows * config.num_heads * max(block, keys)  # or a decode step's
     return rows * tokens * width * size + scores + 2 * 4 * rows * config.vocab_size
 

@@ -40,6 +40,8 @@ _ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
 }
 # A section of our own, for what transformers has no key for.
+# What a machine runs a model with; a folder's dtype is that of its tensors.
+_NOT_SAVED = ("dtype", "param_dtype", "cache_dtype", "attention", "decode_attention")
 _OWN, _OWN_FIELDS = "minillm_jax", ("max_seq_len", "max_kv_cache_len", "prefill_chunk")
 
 
@@ -245,7 +247,7 @@ def _differences(config: ModelConfig, other: ModelConfig) -> list[str]:
         f"{field.name}={validation.shown(getattr(config, field.name))}: would become "
         f"{validation.shown(getattr(other, field.name))}"
         for field in dataclasses.fields(config)
-        if not field.name.endswith("dtype")
+        if field.name not in _NOT_SAVED
         and getattr(config, field.name) != getattr(other, field.name)
     ]
 

@@ -93,13 +93,19 @@ def test_a_bfloat16_cache_is_not_converted_on_cpu():
     assert temp <= 0.1 * 2 * 8 * 4 * 2048 * 64
 
 
-def test_other_backends_are_given_the_plain_product():
-    x = jax.ShapeDtypeStruct((1, 64), jnp.bfloat16)
+@pytest.mark.parametrize(
+    ("platform", "rows", "given"),
+    [("cuda", 1, "2x1x64"), ("cuda", 3, "3x64"), ("tpu", 1, "2x1x64")],
+)
+def test_each_backend_is_given_its_form(platform, rows, given):
+    """On a GPU or TPU a matrix product, of two rows where there is one."""
+    x = jax.ShapeDtypeStruct((rows, 64), jnp.bfloat16)
     kernel = jax.ShapeDtypeStruct((64, 32), jnp.bfloat16)
-    exported = jax.export.export(jax.jit(products.product), platforms=["cuda"])
+    exported = jax.export.export(jax.jit(products.product), platforms=[platform])
     (dot,) = [
         line
         for line in exported(x, kernel).mlir_module().splitlines()
         if "stablehlo.dot_general" in line
     ]
-    assert "(tensor<1x64xbf16>, tensor<64x32xbf16>) -> tensor<1x32xbf16>" in dot
+    result = given.removesuffix("64") + "32"
+    assert f"(tensor<{given}xbf16>, tensor<64x32xbf16>) -> tensor<{result}xbf16>" in dot
