@@ -17,12 +17,23 @@ from minillm_jax.planning import devices
 
 def header(benchmark: str, config: dict[str, Any]) -> dict[str, Any]:
     """The keys that every benchmark's object starts with."""
-    device = jax.devices()[0]
+    return asked(benchmark, config) | machine()
+
+
+def asked(benchmark: str, config: dict[str, Any]) -> dict[str, Any]:
+    """What was run, and when; no device is touched."""
     return {
         "benchmark": benchmark,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": " ".join(["python -m benchmarks." + benchmark, *sys.argv[1:]]),
         "config": config,
+    }
+
+
+def machine() -> dict[str, Any]:
+    """The device, and the versions that a measurement depends on."""
+    device = jax.devices()[0]
+    return {
         "device": {"platform": device.platform, "name": devices.device_name(device)},
         "versions": devices.versions(),
     }

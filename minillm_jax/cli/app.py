@@ -46,17 +46,26 @@ def run(main: Callable[[Any], None]) -> None:
     cache_help = "Keep what is compiled in this folder; default = the user's cache."
     cache = flags.DEFINE_string("compilation_cache", None, cache_help)
 
+    def with_config() -> None:
+        if flag.value is None:
+            raise UserError(_no_config())
+        _use_folder(flag.value, model.value)
+        if cache.value is not None:
+            folder = None if cache.value == "default" else cache.value
+            compilation_cache.use_compilation_cache(folder)
+        main(flag.value)
+
+    run_plain(with_config)
+
+
+def run_plain(main: Callable[[], None]) -> None:
+    """Parses the command line and calls `main`, which needs no config; exits."""
+
     def checked(argv: Sequence[str]) -> None:
         try:
             if len(argv) > 1:
                 raise UserError(f"stray arguments: {' '.join(argv[1:])}")
-            if flag.value is None:
-                raise UserError(_no_config())
-            _use_folder(flag.value, model.value)
-            if cache.value is not None:
-                folder = None if cache.value == "default" else cache.value
-                compilation_cache.use_compilation_cache(folder)
-            main(flag.value)
+            main()
         except _USER_ERRORS as error:
             _exit(str(error))
         except KeyboardInterrupt:
