@@ -77,10 +77,13 @@ def figures(model: MiniLLM, call: dict[str, Any], where: Any) -> dict[str, Any]:
     module, memory = hlo.Module(executable.as_text()), executable.memory_analysis()
     cache = kv.cache_shapes(model.config, call["batch_size"], call["capacity"])
     leaves = [leaf for leaf in jax.tree.leaves(cache) if len(leaf.shape) > 1]
-    step = module.kernels() if call["call"] == "prefill" else module.loop_kernels()
+    whole = call["call"] == "prefill"
+    kernels = module.kernels() if whole else module.loop_kernels()
+    cycles = module.cycles() if whole else module.loop_cycles()
     return call | {
-        "kernels": step,
-        "kernels_per_layer": step / model.config.num_layers,
+        "kernels": kernels,
+        "kernels_per_layer": kernels / model.config.num_layers,
+        "estimated_cycles": cycles or None,
         "waits_for_host": module.waits(),
         "cache_copies": sum(
             len(module.copies(shape)) for shape in {leaf.shape for leaf in leaves}
@@ -122,21 +125,24 @@ def show(result: dict[str, Any]) -> None:
         f"{result['versions']['jax']}, {model['dtype']}, {model['num_layers']} layers\n"
     )
     grid = report.grid(
-        *("call", "batch", "capacity", "kernels", "a layer", "temporary\nMB"),
-        *("of the\ncache", "cache\ncopies", "waits"),
+        *("call", "batch", "slots", "kernels", "(layer)", "temp.\nMB", "of the\ncache"),
+        *("cache\ncopies", "waits", "10^6\ncycles"),
     )
     for row in result["results"]:
         temporary = row["temporary_bytes"]
         grid.add_row(
             *(row["call"], str(row["batch_size"]), str(row["capacity"])),
-            *(str(row["kernels"]), f"{row['kernels_per_layer']:.1f}"),
+            *(str(row["kernels"]), f"({row['kernels_per_layer']:.1f})"),
             *(f"{temporary / 1e6:.1f}", f"{temporary / row['cache_bytes']:.2f}"),
             *(str(row["cache_copies"]), str(row["waits_for_host"])),
+            report.or_dash(row["estimated_cycles"], lambda x: f"{x / 1e6:.2f}"),
         )
     out.print(grid)
     out.print(
-        "\nkernels: of a decode step, or a prefill chunk; a layer: over the layers.\n"
+        "\nkernels: of a decode step, or a prefill chunk, and divided by the layers.\n"
+        "temp.: memory beside the arguments, in MB and as a share of the cache.\n"
         "waits: conditionals, for which a GPU may ask the host.\n"
+        "cycles: XLA's own estimate, where it leaves one in what it compiles (TPU).\n"
     )
 
 

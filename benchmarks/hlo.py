@@ -7,6 +7,7 @@ there are.
 
 import math
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 # Operations that start nothing: they name, pass on or wait for what is there.
@@ -21,6 +22,7 @@ _OPERATION = re.compile(
     r"^\s+(?:ROOT )?%?[\w.-]+ = (?P<shape>\(.*?\)|\S+) (?P<name>[a-z][\w-]*)\("
 )
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
+_ESTIMATE = re.compile(r'"estimated_cycles":"(\d+)"')  # of XLA for TPU
 _TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
@@ -37,6 +39,15 @@ class Operation(NamedTuple):
         return found.group(1) if found else None
 
 
+def _one(operation: Operation) -> int:
+    return 1
+
+
+def _cycles(operation: Operation) -> int:
+    found = _ESTIMATE.search(operation.line)
+    return int(found.group(1)) if found else 0
+
+
 class Module:
     """The computations of an HLO text."""
 
@@ -51,29 +62,43 @@ class Module:
             elif found := _OPERATION.match(line):
                 current.append(Operation(found["name"], found["shape"], line))
 
-    def kernels(self, computation: str | None = None) -> int:
-        """Kernels that a computation, or the whole, launches."""
-        total = 0
-        for operation in self.computations[computation or self.entry]:
-            name = operation.name
-            if name == "while":
-                turns = _TURNS.search(operation.line)
-                body = self.kernels(operation.called("body"))
-                total += body * (int(turns.group(1)) if turns else 1)
-            elif name == "call":
-                total += self.kernels(operation.called("to_apply"))
-            elif name not in _FREE and not name.endswith("-done"):
-                total += 1  # what runs beside the rest has a start and a done
-        return total
+    def kernels(self) -> int:
+        """Kernels that the whole launches."""
+        return self._total(self.entry, _one)
 
     def loop_kernels(self) -> int:
         """Kernels of one turn of the entry's longest loop: a decode chunk's step."""
+        return self._loop_total(_one)
+
+    def cycles(self) -> int:
+        """What XLA estimates the whole to take; 0 where it leaves no estimates."""
+        return self._total(self.entry, _cycles)
+
+    def loop_cycles(self) -> int:
+        """The same of one turn of the entry's longest loop."""
+        return self._loop_total(_cycles)
+
+    def _loop_total(self, cost: Callable[[Operation], int]) -> int:
         loops = [
-            self.kernels(operation.called("body"))
+            self._total(operation.called("body") or "", cost)
             for operation in self.computations[self.entry]
             if operation.name == "while"
         ]
         return max(loops, default=0)
+
+    def _total(self, computation: str, cost: Callable[[Operation], int]) -> int:
+        total = 0
+        for operation in self.computations[computation]:
+            name = operation.name
+            if name == "while":
+                turns = _TURNS.search(operation.line)
+                body = self._total(operation.called("body") or "", cost)
+                total += body * (int(turns.group(1)) if turns else 1)
+            elif name == "call":
+                total += self._total(operation.called("to_apply") or "", cost)
+            elif name not in _FREE and not name.endswith("-done"):
+                total += cost(operation)  # what runs beside the rest has start and done
+        return total
 
     def waits(self) -> int:
         """Conditionals, each of which may have to ask the host."""
@@ -83,7 +108,7 @@ class Module:
     def copies(self, dims: tuple[int, ...]) -> list[str]:
         """Operations that make a new array of these dimensions, wherever they run.
 
-        Not those from one memory of a device to another, which a TPU does ahead.
+        Not those into a memory of their own, S(1) in the text, which a TPU does ahead.
         """
         wanted = ",".join(map(str, dims))
         return [
@@ -94,6 +119,7 @@ class Module:
             and operation.shape.split("[", 1)[1].split("]", 1)[0] == wanted
             and operation.name not in _FREE | _IN_PLACE
             and not operation.name.endswith(("-start", "-done"))
+            and "S(" not in operation.shape
             and not self._writes_in_place(operation)
         ]
 

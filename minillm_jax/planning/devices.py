@@ -38,7 +38,7 @@ def versions() -> dict[str, str]:
 def available_bytes(device: Any) -> int:
     """Bytes that can still be allocated: of the device, or of the host on CPU.
 
-    On a GPU what JAX may take (its 75 % default, XLA_PYTHON_CLIENT_MEM_FRACTION) less
+    On a GPU what JAX may take (its 75 % default, XLA_CLIENT_MEM_FRACTION) less
     what it uses; on CPU the host's available memory, within the cgroup's limit.
     """
     if device.platform != "cpu":
