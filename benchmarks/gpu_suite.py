@@ -11,13 +11,16 @@ every part, then suite.txt and, where matplotlib is installed, plots; prints the
 then the JSON object as the last line.
 """
 
+import functools
 import importlib.util
 import json
+import os
 import pathlib
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from typing import Any
 
 from absl import flags
@@ -47,11 +50,16 @@ def run(
     """Runs the parts; the object that `main` prints, also kept in `out` all along."""
     settings = {"parts": parts, "seconds": seconds, "tiny": tiny}
     result = report.asked("gpu_suite", settings) | {"parts": {}}
-    end = time.monotonic() + seconds
-    with progress.bar("", len(parts)) as bar:
+    end, size = time.monotonic() + seconds, "tiny" if tiny else "full"
+    with (
+        progress.bar("", len(parts)) as bar,
+        tempfile.TemporaryDirectory(prefix="minillm_jax_suite_") as temporary,
+    ):
+        process = functools.partial(_run_process, pathlib.Path(temporary), size)
         for name in parts:
             progress.advance(bar, name)
-            part = _run_part(name, result["parts"], end - time.monotonic(), tiny=tiny)
+            left = end - time.monotonic()
+            part = _run_part(name, result["parts"], left, process)
             machine = part["results"].pop("machine", None)
             if machine is not None:
                 result |= machine
@@ -61,7 +69,10 @@ def run(
 
 
 def _run_part(
-    name: str, parts: dict[str, Any], left: float, *, tiny: bool
+    name: str,
+    parts: dict[str, Any],
+    left: float,
+    process: Callable[[str, dict[str, Any], float], dict[str, Any]],
 ) -> dict[str, Any]:
     """A part's status, the seconds it took, and its results, if only some."""
     needed = ("torch", "transformers") if name == "transformers" else ()
@@ -72,34 +83,38 @@ def _run_part(
         status = "left out: no time left"
     else:
         found = {other: done["results"] for other, done in parts.items()}
-        limit = min(suite.PARTS[name].seconds, left)
-        return _run_process(name, found, limit, "tiny" if tiny else "full")
+        return process(name, found, min(suite.PARTS[name].seconds, left))
     return {"status": status, "seconds": 0.0, "results": {}}
 
 
 def _run_process(
-    name: str, found: dict[str, Any], limit: float, size: str
+    folder: pathlib.Path, size: str, name: str, found: dict[str, Any], limit: float
 ) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory(prefix="minillm_jax_suite_") as temporary:
-        folder = pathlib.Path(temporary)
-        known, results = folder / "found.json", folder / "result.json"
-        known.write_text(json.dumps(found))
-        results.write_text("{}")
-        command = [sys.executable, "-m", "benchmarks.suite.worker", name]
-        command += [str(known), str(results), size]
-        start = time.monotonic()
-        try:
-            done = subprocess.run(
-                command, cwd=ROOT, capture_output=True, text=True, timeout=limit
-            )
-            status = "ok" if done.returncode == 0 else _failure(done)
-        except subprocess.TimeoutExpired:
-            status = f"stopped after {limit:.0f} s"
-        return {
-            "status": status,
-            "seconds": time.monotonic() - start,
-            "results": json.loads(results.read_text()),
-        }
+    """A part in a process; what parts compile alike is compiled once."""
+    known, results = folder / "found.json", folder / f"{name}.json"
+    known.write_text(json.dumps(found))
+    results.write_text("{}")
+    command = [sys.executable, "-m", "benchmarks.suite.worker", name]
+    command += [str(known), str(results), size]
+    environment = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")} | os.environ
+    start = time.monotonic()
+    try:
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=limit,
+        )
+        status = "ok" if done.returncode == 0 else _failure(done)
+    except subprocess.TimeoutExpired:
+        status = f"stopped after {limit:.0f} s"
+    return {
+        "status": status,
+        "seconds": time.monotonic() - start,
+        "results": json.loads(results.read_text()),
+    }
 
 
 def _failure(done: subprocess.CompletedProcess[str]) -> str:

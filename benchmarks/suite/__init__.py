@@ -34,6 +34,7 @@ PARTS = {
     "correctness": Part("correctness", 120),
     "ceilings": Part("ceilings", 60),
     **{name: Part("presets", 150, name) for name in Configs.names},
+    "profiles": Part("profiles", 90),
     "attention": Part("attention", 120),
     "launches": Part("launches", 90),
     "transformers": Part("transformers_peer", 150),

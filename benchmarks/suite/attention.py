@@ -35,13 +35,14 @@ def _preset(scale: Scale, config: ModelConfig) -> Iterator[dict[str, Any]]:
         model = measured.model_of(config)
         for rows in scale.batch_sizes[:2]:
             for slots in (None, min(capacity, config.max_kv_cache_len)):
-                row = measured.decode_figures(
+                decode = measured.Decode(
                     *(model, params, scale),
                     rows=rows,
                     context=scale.context,
                     capacity=slots,
                 )
-                result["decode"].append({"attention": kernel} | row)
+                result["decode"].append({"attention": kernel} | decode.figures())
+                del decode  # and its cache
         prompts, chunk = scale.prompts, scale.prefill_chunks[0]
         for row in measured.prefill_figures(
             model, params, scale, prompts=prompts, chunk=chunk

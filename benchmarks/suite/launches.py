@@ -28,12 +28,13 @@ def run(scale: Scale, found: dict[str, Any]) -> Iterator[dict[str, Any]]:
         params = transformer.init_params(model)
         for label, options in OPTIONS.items():
             try:
-                figures = measured.decode_figures(
+                decode = measured.Decode(
                     *(model, params, scale),
                     rows=1,
                     context=scale.context,
                     options=options,
                 )
+                figures = decode.figures()
             except Exception as error:  # options come and go with versions of XLA
                 figures = {"failed": " ".join(str(error).split())[:200]}
             rows.append({"option": label} | figures)

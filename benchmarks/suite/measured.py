@@ -1,11 +1,9 @@
-"""Decode and prefill of one shape: compiled ahead, timed, and counted from a profile.
+"""Decode and prefill of one shape: compiled ahead, timed, its kernels counted.
 
 Rows start as if they held tokens already: their keys and values are random numbers, so
 that nothing has to be prefilled before a decode.
 """
 
-import pathlib
-import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -30,54 +28,72 @@ def model_of(config: ModelConfig) -> MiniLLM:
     return transformer.create_model(config.replace(eos_token_ids=()))
 
 
-def decode_figures(
-    model: MiniLLM,
-    params: decode.Params,
-    scale: Scale,
-    *,
-    rows: int,
-    context: int,
-    capacity: int | None = None,
-    options: dict[str, Any] | None = None,
-) -> dict[str, Any]:
+class Decode:
     """A greedy decode up to `context` tokens a row, in chunks enqueued in turn.
 
-    `options` are the compiler's; without a `capacity` the cache is the context's.
+    Args:
+      model: whose rows run to the end.
+      params: the inner tree.
+      scale: steps of a chunk, chunks of a run, and repeats.
+      rows: of the batch.
+      context: tokens that a row holds after a run.
+      capacity: tokens that a row could hold; None = the context's bucket.
+      options: the compiler's.
     """
-    config, new = model.config, scale.steps * scale.chunks
-    capacity = kv.capacity_bucket(config, context) if capacity is None else capacity
-    cache, held = held_cache(config, rows, capacity), context - new - 1
-    tokens, active = jax.device_put((np.ones(rows, np.int32), np.ones(rows, bool)))
-    lowered = decode.decode_chunk.lower(
-        model, params, cache, tokens, active, steps=scale.steps
-    )
-    start = time.perf_counter()
-    chunk = lowered.compile(compiler_options=options)
-    compiled = time.perf_counter() - start
 
-    def run(chunks: int) -> None:
-        nonlocal cache
-        cache, out = decode_runs.rewound(cache, held), None
-        given = tokens, active
+    def __init__(
+        self,
+        model: MiniLLM,
+        params: decode.Params,
+        scale: Scale,
+        *,
+        rows: int,
+        context: int,
+        capacity: int | None = None,
+        options: dict[str, Any] | None = None,
+    ):
+        self._config, self._params, self._scale = model.config, params, scale
+        self._rows, self._context = rows, context
+        capacity = capacity or kv.capacity_bucket(model.config, context)
+        self._capacity = capacity
+        self._cache = held_cache(model.config, rows, capacity)
+        first = np.ones(rows, np.int32), np.ones(rows, bool)
+        self._first = jax.device_put(first)  # tokens, and rows that are active
+        lowered = decode.decode_chunk.lower(
+            *(model, params, self._cache, *self._first), steps=scale.steps
+        )
+        start = time.perf_counter()
+        self._chunk = lowered.compile(compiler_options=options)
+        self._compile_seconds = time.perf_counter() - start
+
+    def run(self, chunks: int) -> None:
+        """So many chunks, from the same state each time; waits for the last."""
+        new = self._scale.steps * self._scale.chunks
+        self._cache = decode_runs.rewound(self._cache, self._context - new - 1)
+        given, out = self._first, None
         for _ in range(chunks):
-            out = chunk(params, cache, *given)
-            cache, given = out.cache, (out.tokens, out.active)
+            out = self._chunk(self._params, self._cache, *given)
+            self._cache, given = out.cache, (out.tokens, out.active)
         jax.block_until_ready(out)
 
-    seconds = [s / new for s in _times(lambda: run(scale.chunks), scale.repeats)]
-    memory: Any = chunk.memory_analysis()
-    return {
-        "batch_size": rows,
-        "context": context,
-        "capacity": capacity,
-        "compile_seconds": compiled,
-        "decode_tokens_per_second": measure.spread([rows / s for s in seconds]),
-        "step_seconds": measure.spread(seconds),
-        "bytes_per_step": costs.decode_step_bytes(config, rows, held + new // 2),
-        "kernels_in_hlo": hlo.Module(chunk.as_text() or "").loop_kernels(),
-        "temporary_bytes": memory.temp_size_in_bytes,
-        **_profiled(lambda: run(1), scale.steps),
-    }
+    def figures(self) -> dict[str, Any]:
+        """Rates with their spread, and what the executable tells."""
+        scale, rows = self._scale, self._rows
+        new, memory = scale.steps * scale.chunks, self._chunk.memory_analysis()
+        seconds = _times(lambda: self.run(scale.chunks), scale.repeats)
+        seconds = [s / new for s in seconds]
+        held = self._context - new // 2 - 1  # mean over the steps
+        return {
+            "batch_size": rows,
+            "context": self._context,
+            "capacity": self._capacity,
+            "compile_seconds": self._compile_seconds,
+            "decode_tokens_per_second": measure.spread([rows / s for s in seconds]),
+            "step_seconds": measure.spread(seconds),
+            "bytes_per_step": costs.decode_step_bytes(self._config, rows, held),
+            "kernels": hlo.Module(self._chunk.as_text() or "").loop_kernels(),
+            "temporary_bytes": memory and memory.temp_size_in_bytes,
+        }
 
 
 def prefill_figures(
@@ -149,33 +165,3 @@ def _times(run: Callable[[], None], repeats: int) -> list[float]:
         run()
         seconds.append(time.perf_counter() - start)
     return seconds[WARM_UP:]
-
-
-def _profiled(run: Callable[[], None], steps: int) -> dict[str, float | None]:
-    """Kernels of a step and the time they take, where the profiler sees a device."""
-    with tempfile.TemporaryDirectory(prefix="minillm_jax_profile_") as folder:
-        try:
-            with jax.profiler.trace(folder):
-                run()
-            kernels = _kernels(pathlib.Path(folder))
-        except Exception:  # a profile is an addition; the times are there without it
-            kernels = []
-    if not kernels:
-        return {"kernels_per_step": None, "kernel_seconds_per_step": None}
-    return {
-        "kernels_per_step": len(kernels) / steps,
-        "kernel_seconds_per_step": sum(kernels) / 1e9 / steps,
-    }
-
-
-def _kernels(folder: pathlib.Path) -> list[float]:
-    """Nanoseconds of everything that the streams of a GPU ran."""
-    return [
-        event.duration_ns
-        for path in folder.rglob("*.xplane.pb")
-        for plane in jax.profiler.ProfileData.from_file(str(path)).planes
-        if plane.name.startswith("/device:GPU")
-        for line in plane.lines
-        if line.name.startswith("Stream")
-        for event in line.events
-    ]

@@ -26,7 +26,9 @@ def run(
     }
     shapes = [(rows, scale.context) for rows in scale.batch_sizes]
     for rows, context in [*shapes, (1, scale.long_context)]:
-        row = measured.decode_figures(model, params, scale, rows=rows, context=context)
+        decode = measured.Decode(model, params, scale, rows=rows, context=context)
+        row = decode.figures()
+        del decode  # and its cache
         results["decode"].append(row | _decode_shares(row, ceilings))
         yield results | {"peak_bytes": devices.peak_bytes(device)}
     for chunk in scale.prefill_chunks:
@@ -43,8 +45,7 @@ def _decode_shares(row: dict[str, Any], ceilings: dict[str, Any]) -> dict[str, A
         return {}
     seconds = row["step_seconds"]["median"]
     read = row["bytes_per_step"] / ceilings["read_bytes_per_second"]
-    kernels = row["kernels_per_step"] or row["kernels_in_hlo"]
-    bound = read + kernels * ceilings["seconds_per_kernel"]
+    bound = read + row["kernels"] * ceilings["seconds_per_kernel"]
     return {
         "mbu": read / seconds,
         "bound_seconds": bound,

@@ -71,7 +71,7 @@ def _decode(presets: dict[str, Any]) -> Any:
         layers = found["model"]["num_layers"]
         for row in found["decode"]:
             rate = row["decode_tokens_per_second"]
-            kernels = row["kernels_per_step"] or row["kernels_in_hlo"]
+            kernels = row["kernels"]
             grid.add_row(
                 *(name, str(row["batch_size"]), str(row["context"])),
                 *(report.rate(rate["median"]), report.least_and_most(rate)),
@@ -96,6 +96,19 @@ def _prefill(presets: dict[str, Any]) -> Any:
                 *(_share(row, "mfu"), f"{row['compile_seconds']:.1f}"),
             )
     return grid
+
+
+def _profiles(found: dict[str, Any]) -> Iterator[Any]:
+    grid = report.grid("preset", "kernels a step", "a layer", "us in kernels")
+    for name, row in found["presets"].items():
+        kernels, seconds = row["kernels_per_step"], row["kernel_seconds_per_step"]
+        grid.add_row(
+            name,
+            report.or_dash(kernels, lambda x: f"{x:.0f}"),
+            report.or_dash(kernels, lambda x, row=row: f"{x / row['layers']:.1f}"),
+            report.or_dash(seconds, lambda x: f"{x * 1e6:.0f}"),
+        )
+    yield grid
 
 
 def _attention(found: dict[str, Any]) -> Iterator[Any]:
@@ -160,6 +173,7 @@ def _share(row: dict[str, Any], key: str) -> str:
 _TABLES = {
     "correctness": _correctness,
     "ceilings": _ceilings,
+    "profiles": _profiles,
     "attention": _attention,
     "launches": _launches,
     "transformers": _transformers,

@@ -257,9 +257,7 @@ class Attention(nn.Module):
         for name, leaf in zip(("k", "v"), leaves, strict=True):
             self.put_variable("cache", name, leaf)
         flash = None
-        if cudnn.attends(
-            self.config, span.places.positions.shape[1], rule, cached=True
-        ):
+        if cudnn.attends(self.config, q.shape[-2], rule, cached=True):
             flash = functools.partial(
                 self._flash_cached, q, k, v, leaves, first, counts
             )
