@@ -28,7 +28,7 @@ SHORT = {
 def check(config: ModelConfig, settings: DecodeSettings) -> memory.MemoryPlan:
     """The plan of the largest measurement; raises UserError if it does not fit."""
     device = jax.devices()[0]
-    limit = devices.available_bytes(device) - measure.PROBE_BYTES
+    limit = devices.available_bytes(device) - measure.probe_bytes(device.platform)
     plan = plan_for(config, settings, device.platform, limit)
     if plan.fits:
         return plan

@@ -1,13 +1,13 @@
 """What the device can do: reading, copying, multiplying, and starting a kernel."""
 
 import functools
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from benchmarks import measure
 from benchmarks.suite.scale import Scale
 
 RUNS, ROUNDS = 10, 5  # enqueued together; the best round counts
@@ -34,12 +34,7 @@ def run(scale: Scale, found: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def _seconds(function: Callable[..., Any], *args: Any) -> float:
     """Of one run, of several that are enqueued together."""
     jax.block_until_ready(function(*args))
-    best = float("inf")
-    for _ in range(ROUNDS):
-        start = time.perf_counter()
-        jax.block_until_ready([function(*args) for _ in range(RUNS)])
-        best = min(best, time.perf_counter() - start)
-    return best / RUNS
+    return min(measure.elapsed(function, *args, runs=RUNS) for _ in range(ROUNDS))
 
 
 def _launch_seconds() -> float:

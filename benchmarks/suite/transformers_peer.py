@@ -6,7 +6,7 @@ made into CUDA graphs. The weights are random; attention is "sdpa" in both.
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch  # pyright: ignore[reportMissingImports]
@@ -75,15 +75,29 @@ def _figures(
 ) -> dict[str, Any]:
     """A decode of as many tokens as ours, up to the same context."""
     new = scale.steps * scale.chunks
-    held = scale.context - new
-    prompt = torch.ones((batch_size, held), dtype=torch.long, device=_device())
+    prompt = (batch_size, scale.context - new)
+    prompt = torch.ones(prompt, dtype=torch.long, device=_device())
     start = time.perf_counter()
     with torch.inference_mode():
-        decode = (_static if compiled else _growing)(model, prompt, scale.context)
+        if compiled:
+            torch._dynamo.reset()
+            # CUDA graphs, and the step's own compiler on a CPU.
+            mode = "reduce-overhead" if torch.cuda.is_available() else None
+            step = torch.compile(
+                model.forward, mode=mode, fullgraph=True, dynamic=False
+            )
+            cache = transformers.StaticCache(
+                config=model.config, max_cache_len=scale.context
+            )
+        else:
+            step, cache = model.forward, None
         for _ in range(WARM_UP if compiled else 1):
-            decode(new)
+            _decode_seconds(model, step, prompt, cache, new)
         warm = time.perf_counter() - start
-        seconds = [_elapsed(decode, new) / new for _ in range(scale.repeats)]
+        seconds = [
+            _decode_seconds(model, step, prompt, cache, new) / new
+            for _ in range(scale.repeats)
+        ]
     return {
         "program": "static cache and torch.compile" if compiled else "eager",
         "batch_size": batch_size,
@@ -94,10 +108,21 @@ def _figures(
     }
 
 
-def _elapsed(decode: Callable[[int], Any], steps: int) -> float:
+def _decode_seconds(
+    model: Any, step: Any, prompt: Any, cache: Any | None, steps: int
+) -> float:
+    """Prefills the prompt, then times so many steps behind it."""
+    if cache is None:
+        cache = transformers.DynamicCache(config=model.config)
+    else:
+        cache.reset()
+    token = _next(model, prompt, cache)
     _wait()
     start = time.perf_counter()
-    decode(steps)
+    for _ in range(steps):
+        if torch.cuda.is_available():
+            torch.compiler.cudagraph_mark_step_begin()
+        token = _next(step, token[:, None], cache).clone()
     _wait()
     return time.perf_counter() - start
 
@@ -105,40 +130,6 @@ def _elapsed(decode: Callable[[int], Any], steps: int) -> float:
 def _wait() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def _growing(model: Any, prompt: Any, context: int) -> Callable[[int], Any]:
-    cache = transformers.DynamicCache(config=model.config)
-    first = _next(model, prompt, cache)
-
-    def decode(steps: int) -> Any:
-        token = first
-        for _ in range(steps):
-            token = _next(model, token[:, None], cache)
-        cache.crop(-steps)
-        return token
-
-    return decode
-
-
-def _static(model: Any, prompt: Any, context: int) -> Callable[[int], Any]:
-    torch._dynamo.reset()
-    cache = transformers.StaticCache(config=model.config, max_cache_len=context)
-    first = _next(model, prompt, cache)
-    mode = "reduce-overhead" if torch.cuda.is_available() else None
-    step = torch.compile(model.forward, mode=mode, fullgraph=True, dynamic=False)
-
-    def decode(steps: int) -> Any:
-        for layer in cache.layers:
-            layer.cumulative_length.fill_(prompt.shape[1])
-        token = first
-        for _ in range(steps):
-            if torch.cuda.is_available():
-                torch.compiler.cudagraph_mark_step_begin()
-            token = _next(step, token[:, None], cache).clone()
-        return token
-
-    return decode
 
 
 def _next(forward: Any, tokens: Any, cache: Any) -> Any:
