@@ -4,7 +4,6 @@ Float32 caches of at least 8 MB, so that logits and activations do not hide a co
 """
 
 import itertools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 
 import minillm_jax as mj
+from benchmarks import hlo
 from minillm_jax.decoding import decode, sampling
 from minillm_jax.planning import costs
 
@@ -26,11 +26,6 @@ CONFIG = mj.ModelConfig(
     dtype="float32",
     prefill_chunk=64,
 )
-# What may give a result of a leaf's shape: writing into it, and passing it on.
-IN_PLACE = {
-    "parameter", "get-tuple-element", "dynamic-update-slice", "fusion", "scatter",
-    "bitcast", "while",
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -84,22 +79,6 @@ def _compiled(model, batch_size, kind, policy):
     return lowered.compile(), size, shapes
 
 
-def results_of_shape(hlo, shape):
-    """(opcode, called computation or "") of each float32 result of `shape`."""
-    dims = ",".join(map(str, shape))
-    pattern = rf"= f32\[{dims}\]\S* ([\w-]+)\((?:.*calls=%([\w.-]+))?"
-    return re.findall(pattern, hlo)
-
-
-def fused_roots(hlo):
-    """Each fused computation's root opcode, and that of what a bitcast root passes."""
-    roots = {}
-    for name, body in re.findall(r"^%([\w.-]+) .*?\{\n(.*?)^\}", hlo, re.M | re.S):
-        root = re.search(r"ROOT %[\w.-]+ = \S+ ([\w-]+)\(", body)
-        roots[name] = root.group(1) if root else ""
-    return roots
-
-
 @pytest.mark.parametrize(
     ("kind", "policy"),
     [
@@ -121,15 +100,10 @@ def assert_in_place(model, batch_size, kind, policy):
     overflow = mj.CachePolicy(overflow=policy)
     compiled, size, shapes = _compiled(model, batch_size, kind, overflow)
     assert len(shapes) == (2 if model.config.global_layers else 1)
-    hlo = compiled.as_text()
-    roots = fused_roots(hlo)
+    text = compiled.as_text()
     for shape in shapes:
-        found = results_of_shape(hlo, shape)
-        assert found, "no result of the leaf's shape: the pattern no longer matches"
-        for opcode, called in found:
-            assert opcode in IN_PLACE, f"{opcode} makes an array of shape {shape}"
-            if opcode == "fusion":
-                assert roots[called] in ("dynamic-update-slice", "scatter", "bitcast")
+        assert f"f32[{','.join(map(str, shape))}]" in text, "not the leaf's shape"
+        assert hlo.Module(text).copies(shape) == []
     memory = compiled.memory_analysis()
     assert memory.temp_size_in_bytes <= 0.1 * size
     assert memory.alias_size_in_bytes >= size
@@ -145,8 +119,7 @@ def test_the_gate_sees_a_planted_copy(model):
     leaf = jax.ShapeDtypeStruct((2, 8192, 64), jnp.float32)
     new = jax.ShapeDtypeStruct((2, 64), jnp.float32)
     undonated = jax.jit(read_then_write).lower(leaf, new).compile()
-    opcodes = {op for op, _ in results_of_shape(undonated.as_text(), leaf.shape)}
-    assert opcodes - IN_PLACE, f"no copy among {opcodes}"
+    assert hlo.Module(undonated.as_text()).copies(leaf.shape)
 
 
 # What a step reads, by XLA's own count
