@@ -69,6 +69,7 @@ class Scoring(NamedTuple):
     softcap: float | None
 
 
+@functools.partial(jax.jit, static_argnames=("rule", "scale", "softcap"), inline=True)
 def attend(
     q: Float[Array, "*B K G T H"],
     k: Float[Array, "*B K S H"],

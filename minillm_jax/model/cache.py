@@ -221,6 +221,7 @@ def init_cache(
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
 
+@functools.partial(jax.jit, static_argnames="rule", inline=True)
 def write(
     leaf: Float[Array, "*B K S H"],
     new: Float[Array, "*B K T H"],

@@ -18,6 +18,7 @@ transposes before. Two rows are a matrix product: so one row goes twice there to
 Axes: I input features, O output features, N parts of I.
 """
 
+import functools
 import math
 
 import jax
@@ -28,6 +29,7 @@ from jaxtyping import Array, Float
 CPU_PARTS = 4  # of one row: enough of them to keep the cores of a CPU at the memory
 
 
+@functools.partial(jax.jit, static_argnames=("axis", "dtype"), inline=True)
 def product(
     x: Float[Array, "*axes I"],
     kernel: Float[Array, "..."],
@@ -62,9 +64,12 @@ def product(
         on_cpu = narrow
     elif one_row and axis == 0 and x.shape[-1] % CPU_PARTS == 0:
         on_cpu = in_parts
+    if on_cpu is elsewhere:
+        return whole(x, kernel)
     return jax.lax.platform_dependent(x, kernel, cpu=on_cpu, default=elsewhere)
 
 
+@functools.partial(jax.jit, static_argnames="axes", inline=True)
 def batched_product(
     axes: str, rows: Float[Array, "*axes G T I"], matrices: Float[Array, "..."]
 ) -> Float[Array, "*axes G T O"]:
@@ -76,12 +81,9 @@ def batched_product(
     def twice(rows, matrices):
         return whole(_twice(rows[..., 0, :], -2), matrices)[..., :1, :]
 
-    if rows.shape[-3:-1] != (1, 1):
-        return whole(rows, matrices)
-    on_cpu = twice if rows.dtype.itemsize < 4 else whole
-    return jax.lax.platform_dependent(
-        rows, matrices, cpu=on_cpu, tpu=twice, default=whole
-    )
+    if rows.dtype.itemsize < 4 and rows.shape[-3:-1] == (1, 1):
+        return jax.lax.platform_dependent(rows, matrices, cuda=whole, default=twice)
+    return whole(rows, matrices)
 
 
 def _twice(x, axis: int):

@@ -57,6 +57,7 @@ def a_gpu(monkeypatch, *, capable=True):
 def _forget():
     yield
     cudnn._refusal.cache_clear()
+    jax.clear_caches()
 
 
 def random_call(key, *, batch, heads, groups, length, slots, dtype=jnp.float32):
@@ -221,6 +222,7 @@ def test_the_model_is_the_same_by_cudnn(monkeypatch, models, batch_size):
     following, _ = mj.decode_step(by_xla, params, cache, tokens[:, 0])
 
     monkeypatch.setattr(jax.lax, "platform_dependent", cuda_branch)
+    jax.clear_caches()  # of what was traced with other branches
     actual = jax.jit(by_cudnn.apply)({"params": params}, tokens)
     chex.assert_trees_all_close(actual, full, atol=1e-5, rtol=0)
     cache = mj.init_cache(by_xla.config, batch_size)

@@ -275,22 +275,28 @@ def test_padding_changes_no_valid_logit(tiny):
 # Blocks of queries and keys
 
 
+@pytest.fixture
 def small_blocks(monkeypatch):
-    """Blocks of 8 queries and 8 keys from here on; returns the sizes that were used."""
+    """When called: blocks of 8 queries and keys; returns the sizes that are used."""
     sizes, by_blocks = set(), attention._attend_by_blocks
 
     def spy(q, k, *rest):
         sizes.add((q.shape[-2], k.shape[-2]))
         return by_blocks(q, k, *rest)
 
-    monkeypatch.setattr(attention, "SCORE_BYTES", 1)
-    monkeypatch.setattr(attention, "KEY_BLOCK", 8)
-    monkeypatch.setattr(attention, "_attend_by_blocks", spy)
-    return sizes
+    def begin():
+        monkeypatch.setattr(attention, "SCORE_BYTES", 1)
+        monkeypatch.setattr(attention, "KEY_BLOCK", 8)
+        monkeypatch.setattr(attention, "_attend_by_blocks", spy)
+        jax.clear_caches()  # of what was traced with other blocks
+        return sizes
+
+    yield begin
+    jax.clear_caches()
 
 
 @pytest.mark.parametrize("length", [16, 21])
-def test_blocks_equal_the_whole_and_so_do_their_gradients(length, monkeypatch):
+def test_blocks_equal_the_whole_and_so_do_their_gradients(length, small_blocks):
     model, params = build(sliding_window=11, num_layers=1)
     tokens = some_tokens((2, length))
     lengths = jnp.array([length, length - 3])
@@ -302,7 +308,7 @@ def test_blocks_equal_the_whole_and_so_do_their_gradients(length, monkeypatch):
         return jnp.mean(jnp.sum(jnp.square(logits), axis=-1)), logits
 
     whole = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
-    sizes = small_blocks(monkeypatch)
+    sizes = small_blocks()
     blocked = jax.jit(lambda p: jax.value_and_grad(loss, has_aux=True)(p))(params)
     assert sizes == {(8, length)}
     chex.assert_trees_all_close(blocked, whole, atol=3e-5, rtol=0)
@@ -310,7 +316,7 @@ def test_blocks_equal_the_whole_and_so_do_their_gradients(length, monkeypatch):
 
 @pytest.mark.parametrize("batch_size", [1, 2])
 @pytest.mark.parametrize("variation", ["gqa", "sliding_window", "all"])
-def test_blocks_of_a_cached_call_equal_the_whole(batch_size, variation, monkeypatch):
+def test_blocks_of_a_cached_call_equal_the_whole(batch_size, variation, small_blocks):
     model, params = build(**VARIATIONS[variation])
     tokens = some_tokens((batch_size, 13))
     cache = mj.init_cache(model.config, batch_size)
@@ -327,13 +333,13 @@ def test_blocks_of_a_cached_call_equal_the_whole(batch_size, variation, monkeypa
 
     variables = {"params": params, "cache": cache}
     whole = jax.jit(calls)(variables)
-    sizes = small_blocks(monkeypatch)
+    sizes = small_blocks()
     blocked = jax.jit(lambda variables: calls(variables))(variables)
     assert {size for size, _ in sizes} == {8}
     chex.assert_trees_all_close(blocked, whole, atol=1e-5, rtol=0)
 
 
-def test_blocks_of_a_wrapped_ring_with_sinks_equal_the_whole(monkeypatch):
+def test_blocks_of_a_wrapped_ring_with_sinks_equal_the_whole(small_blocks):
     model, params = build(**VARIATIONS["gqa"])
     ring = mj.CachePolicy(overflow="ring", num_sinks=2)
     tokens = some_tokens((2, 13))
@@ -354,15 +360,15 @@ def test_blocks_of_a_wrapped_ring_with_sinks_equal_the_whole(monkeypatch):
 
     cache = mj.init_cache(model.config, 2, 20, policy=ring)
     whole = jax.jit(calls)(params, cache)
-    sizes = small_blocks(monkeypatch)
+    sizes = small_blocks()
     blocked = jax.jit(lambda params, cache: calls(params, cache))(params, cache)
     assert {size for size, _ in sizes} == {8}
     chex.assert_trees_all_close(blocked, whole, atol=1e-5, rtol=0)
 
 
-def test_blocks_that_no_query_sees_are_skipped(monkeypatch):
+def test_blocks_that_no_query_sees_are_skipped(small_blocks):
     """NaN in V poisons even a sum that it has no weight in, unless it is not read."""
-    small_blocks(monkeypatch)
+    small_blocks()
     q, k = jnp.ones((1, 1, 16, 4)), jnp.ones((1, 44, 4))
     v = jnp.ones((1, 44, 4)).at[:, :8].set(jnp.nan).at[:, 32:].set(jnp.nan)
     queries = attention.Places(jnp.arange(16, 32))
@@ -373,7 +379,7 @@ def test_blocks_that_no_query_sees_are_skipped(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_slots_of_two_key_blocks_count_once(dtype, monkeypatch):
+def test_slots_of_two_key_blocks_count_once(dtype, small_blocks):
     """21 keys are the blocks 0-7, 8-15 and 13-20."""
     tolerance = 1e-6 if dtype == "float32" else 2e-2
     q = jax.random.normal(jax.random.key(0), (2, 1, 9, 4)).astype(dtype)
@@ -382,7 +388,7 @@ def test_slots_of_two_key_blocks_count_once(dtype, monkeypatch):
     keys = attention.Places(jnp.arange(21))
     wide = (a.astype(jnp.float32) for a in (q, k, v))
     whole = attention.attend(*wide, queries=queries, keys=keys)
-    small_blocks(monkeypatch)
+    small_blocks()
     blocked = attention.attend(q, k, v, queries=queries, keys=keys)
     assert blocked.dtype == dtype
     blocked = blocked.astype(jnp.float32)
