@@ -103,7 +103,7 @@ def benchmark(config: Any, target: str) -> dict[str, Any]:
     model_config = config_files.model_config(config).resolve(targets.platform(target))
     model = MiniLLM(model_config)
     return report.header("ahead", {"model": model_config.to_dict()}) | {
-        "target": {"name": targets.TARGETS[target].name, "flag": target},
+        "target": {"name": targets.TARGETS[target].device.name, "flag": target},
         "results": list(_results(model, where)),
     }
 

@@ -25,7 +25,7 @@ from minillm_jax.cli import app, config_files, model_folder
 from minillm_jax.config import ModelConfig
 from minillm_jax.model import transformer
 from minillm_jax.model.transformer import MiniLLM
-from minillm_jax.planning import costs, devices
+from minillm_jax.planning import costs, machine
 from minillm_jax.weights import save
 
 
@@ -90,7 +90,7 @@ def _check_machine(
         raise app.UserError("config.compare.plot_path: needs pip install matplotlib")
     running = [name for name in names if not peers.missing(name)]
     held = sum(_held_bytes(name, model.config, cases) for name in running)
-    available = devices.available_bytes(device)
+    available = machine.available_bytes(device)
     if held > available:
         raise app.UserError(
             f"{len(running)} peers hold {held / 1e9:.1f} GB together, "

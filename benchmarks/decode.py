@@ -16,7 +16,7 @@ from benchmarks import decode_runs, fit, measure, report
 from minillm_jax import progress
 from minillm_jax.cli import app, config_files, model_folder
 from minillm_jax.model import transformer
-from minillm_jax.planning import costs, devices
+from minillm_jax.planning import costs, machine
 
 
 def benchmark(config: Any) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def benchmark(config: Any) -> dict[str, Any]:
             "weights_bytes": costs.weight_bytes(model.config),
             "cache_bytes": max(row["cache_bytes_allocated"] for row in results),
             "cache_used_bytes": max(row["cache_bytes_used"] for row in results),
-            "peak_bytes": devices.peak_bytes(jax.devices()[0]),
+            "peak_bytes": machine.peak_bytes(jax.devices()[0]),
         },
         "results": results,
     }

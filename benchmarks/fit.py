@@ -13,7 +13,7 @@ from benchmarks import decode_runs, measure
 from minillm_jax.cli.app import UserError
 from minillm_jax.cli.config_files import DecodeSettings
 from minillm_jax.config import ConfigError, Configs, ModelConfig
-from minillm_jax.planning import devices, memory
+from minillm_jax.planning import machine, memory
 
 # The least that a measurement asks for, where the settings ask for anything else.
 SHORT = {
@@ -28,7 +28,7 @@ SHORT = {
 def check(config: ModelConfig, settings: DecodeSettings) -> memory.MemoryPlan:
     """The plan of the largest measurement; raises UserError if it does not fit."""
     device = jax.devices()[0]
-    limit = devices.available_bytes(device) - measure.probe_bytes(device.platform)
+    limit = machine.available_bytes(device) - measure.probe_bytes(device.platform)
     plan = plan_for(config, settings, device.platform, limit)
     if plan.fits:
         return plan
@@ -38,7 +38,7 @@ def check(config: ModelConfig, settings: DecodeSettings) -> memory.MemoryPlan:
         if other.fits:
             advice = f"this fits, with {other.total_bytes / 1e9:.1f} GB: {flags}"
             break
-    raise UserError(f"{plan.refusal(devices.device_name(device))}; {advice}")
+    raise UserError(f"{plan.refusal(machine.device_name(device))}; {advice}")
 
 
 def plan_for(

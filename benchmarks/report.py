@@ -12,12 +12,12 @@ import jax
 from rich import console, table, text
 
 from minillm_jax.cli.app import UserError
-from minillm_jax.planning import devices
+from minillm_jax.planning import machine
 
 
 def header(benchmark: str, config: dict[str, Any]) -> dict[str, Any]:
     """The keys that every benchmark's object starts with."""
-    return asked(benchmark, config) | machine()
+    return asked(benchmark, config) | this_machine()
 
 
 def asked(benchmark: str, config: dict[str, Any]) -> dict[str, Any]:
@@ -30,12 +30,12 @@ def asked(benchmark: str, config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def machine() -> dict[str, Any]:
+def this_machine() -> dict[str, Any]:
     """The device, and the versions that a measurement depends on."""
     device = jax.devices()[0]
     return {
-        "device": {"platform": device.platform, "name": devices.device_name(device)},
-        "versions": devices.versions(),
+        "device": {"platform": device.platform, "name": machine.device_name(device)},
+        "versions": machine.versions(),
     }
 
 

@@ -30,7 +30,7 @@ from minillm_jax.decoding.generator import GENERATE_STEPS
 from minillm_jax.model import cache as kv
 from minillm_jax.model import transformer
 from minillm_jax.model.transformer import MiniLLM
-from minillm_jax.planning import devices, memory
+from minillm_jax.planning import machine, memory
 
 CAPACITY = 256
 TIMES = ("cold", "warm")
@@ -106,7 +106,7 @@ def _fits(config: ModelConfig) -> bool:
         batch_size=1,
         capacity=CAPACITY,
         platform=device.platform,
-        limit_bytes=devices.available_bytes(device),
+        limit_bytes=machine.available_bytes(device),
     )
     return plan.fits
 

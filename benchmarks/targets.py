@@ -14,16 +14,15 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from minillm_jax.cli.app import UserError
+from minillm_jax.planning.devices import DEVICES, Device
 
 
 class Gpu(NamedTuple):
     """Of NVIDIA; figures of the maker's data sheets and architecture papers."""
 
-    name: str
+    device: Device
     capability: tuple[int, int]
     multiprocessors: int
-    memory_bytes: float
-    bytes_per_second: float
     cache_bytes: int  # the second level
     shared_bytes: int  # of a multiprocessor
 
@@ -31,16 +30,16 @@ class Gpu(NamedTuple):
 class Tpu(NamedTuple):
     """Of Google, one chip of the smallest slice that is described."""
 
-    name: str
+    device: Device
     topology: str
 
 
 TARGETS: dict[str, Gpu | Tpu] = {
-    "a100": Gpu("NVIDIA A100 80GB", (8, 0), 108, 80e9, 2.04e12, 40 << 20, 164 << 10),
-    "h100": Gpu("NVIDIA H100 80GB", (9, 0), 132, 80e9, 3.35e12, 50 << 20, 228 << 10),
-    "h200": Gpu("NVIDIA H200", (9, 0), 132, 141e9, 4.8e12, 50 << 20, 228 << 10),
-    "v5e": Tpu("TPU v5e", "v5e:2x2"),
-    "v6e": Tpu("TPU v6e", "v6e:2x2"),
+    "a100": Gpu(DEVICES["a100-80gb"], (8, 0), 108, 40 << 20, 164 << 10),
+    "h100": Gpu(DEVICES["h100"], (9, 0), 132, 50 << 20, 228 << 10),
+    "h200": Gpu(DEVICES["h200"], (9, 0), 132, 50 << 20, 228 << 10),
+    "v5e": Tpu(DEVICES["v5e"], "v5e:2x2"),
+    "v6e": Tpu(DEVICES["v6e"], "v6e:2x2"),
 }
 _PLUGINS = {Gpu: "minillm_jax[cuda13]", Tpu: "minillm_jax[tpu]"}
 
@@ -62,7 +61,7 @@ def sharding(name: str) -> NamedSharding:
             described = topologies.get_topology_desc(target.topology, platform="tpu")
         else:
             described = topologies.get_topology_desc(
-                target.name,
+                target.device.name,
                 platform="cuda",
                 topology="1x1x1",
                 target_config=_described(target),
@@ -78,7 +77,7 @@ def sharding(name: str) -> NamedSharding:
 
 def platform(name: str) -> str:
     """JAX's name of a target's platform."""
-    return "tpu" if isinstance(TARGETS[name], Tpu) else "gpu"
+    return TARGETS[name].device.platform
 
 
 def _described(gpu: Gpu) -> str:
@@ -86,15 +85,15 @@ def _described(gpu: Gpu) -> str:
     major, minor = gpu.capability
     return f"""
     platform_name: "CUDA"
-    device_description_str: "{gpu.name}"
+    device_description_str: "{gpu.device.name}"
     dnn_version_info {{ major: 9 minor: 10 }}
     gpu_device_info {{
       cuda_compute_capability {{ major: {major} minor: {minor} }}
       core_count: {gpu.multiprocessors}
       fpus_per_core: {64 if gpu.capability == (8, 0) else 128}
       clock_rate_ghz: 1.7
-      device_memory_size: {int(gpu.memory_bytes)}
-      memory_bandwidth: {int(gpu.bytes_per_second)}
+      device_memory_size: {gpu.device.memory_bytes}
+      memory_bandwidth: {int(gpu.device.bytes_per_second or 0)}
       l2_cache_size: {gpu.cache_bytes}
       shared_memory_per_core: {gpu.shared_bytes}
       shared_memory_per_block: {48 << 10}

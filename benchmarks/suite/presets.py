@@ -8,7 +8,7 @@ import jax
 from benchmarks.suite import measured
 from benchmarks.suite.scale import Scale
 from minillm_jax.model import transformer
-from minillm_jax.planning import costs, devices
+from minillm_jax.planning import costs, machine
 
 
 def run(
@@ -30,13 +30,13 @@ def run(
         row = decode.figures()
         del decode  # and its cache
         results["decode"].append(row | _decode_shares(row, ceilings))
-        yield results | {"peak_bytes": devices.peak_bytes(device)}
+        yield results | {"peak_bytes": machine.peak_bytes(device)}
     for chunk in scale.prefill_chunks:
         for row in measured.prefill_figures(
             model, params, scale, prompts=scale.prompts, chunk=chunk
         ):
             results["prefill"].append(row | _prefill_shares(row, ceilings))
-        yield results | {"peak_bytes": devices.peak_bytes(device)}
+        yield results | {"peak_bytes": machine.peak_bytes(device)}
 
 
 def _decode_shares(row: dict[str, Any], ceilings: dict[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ def main(name: str, found_file: str, result_file: str, size: str) -> None:
         run = functools.partial(run, preset=part.preset)
     for results in run({"full": scale.full, "tiny": scale.tiny}[size](), found):
         if part.module != "transformers_peer":  # whose process leaves the GPU to it
-            results = results | {"machine": report.machine()}
+            results = results | {"machine": report.this_machine()}
         written = result.with_suffix(".new")
         written.write_text(json.dumps(results))
         os.replace(written, result)  # whole, or as it was

@@ -24,7 +24,7 @@ from minillm_jax.decoding.executables import smallest_holding
 from minillm_jax.decoding.sampling import SamplingParams
 from minillm_jax.model import cache as kv
 from minillm_jax.model import transformer
-from minillm_jax.planning import devices, memory
+from minillm_jax.planning import machine, memory
 from minillm_jax.text import tokenizer as tokenizers
 from minillm_jax.weights import load
 
@@ -71,11 +71,11 @@ def check(
         batch_size=1,
         capacity=smallest_holding(sizes, tokens),
         platform=device.platform,
-        limit_bytes=devices.available_bytes(device),
+        limit_bytes=machine.available_bytes(device),
         policy=policy,
     )
     if not plan.fits:
-        raise UserError(plan.refusal(devices.device_name(device)))
+        raise UserError(plan.refusal(machine.device_name(device)))
 
 
 def _tokenizer(folder: pathlib.Path | None) -> chat.ChatTokenizer:

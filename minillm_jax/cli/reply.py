@@ -13,7 +13,7 @@ from minillm_jax.decoding.generator import STREAM_STEPS, Generator
 from minillm_jax.decoding.requests import Completion
 from minillm_jax.decoding.sampling import SamplingParams
 from minillm_jax.decoding.stream import Session
-from minillm_jax.planning import devices
+from minillm_jax.planning import machine
 
 # Control characters, which a terminal might obey, become pictures of themselves.
 _PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
@@ -104,8 +104,8 @@ class Reply:
             "compile_seconds": self._last[1],
             "decode_tokens_per_second": self._rate(),
             "config": self._generator.model.config.to_dict(),
-            "device": devices.device_name(jax.devices()[0]),
-            "versions": devices.versions(),
+            "device": machine.device_name(jax.devices()[0]),
+            "versions": machine.versions(),
         }
 
     def summary(self) -> str:

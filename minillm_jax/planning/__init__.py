@@ -1,1 +1,1 @@
-"""What a config costs, what a machine has, and whether the one fits the other."""
+"""What a config costs, what devices have, and whether the one fits the other."""

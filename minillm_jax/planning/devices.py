@@ -1,87 +1,84 @@
-"""The machine at hand: its name, its versions and the memory it has left.
+"""Accelerators by name: what each holds, how fast it reads, how fast it multiplies.
 
-A `device` is one of `jax.devices()`.
+Figures are the makers', of one chip: the best that anything could do. Memory is counted
+as they count it, in 10^9 bytes; drivers mostly report some percent more. No device is
+touched here.
 """
 
-import importlib.metadata
-import os
-import pathlib
-import platform
-from typing import Any
+import dataclasses
+import re
+
+from minillm_jax import validation
+from minillm_jax.config import ConfigError
 
 
-def device_name(device: Any) -> str:
-    """What a person calls it: the GPU's or TPU's kind, or the processor's model."""
-    if device.platform != "cpu":
-        return device.device_kind
-    names = [
-        line.split(":", 1)[1].strip()
-        for line in _lines("/proc/cpuinfo")
-        if line.startswith("model name")
-    ]
-    model = names[0] if names else platform.processor() or platform.machine()
-    return f"{model}, {os.cpu_count()} cores"
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """One accelerator, or a machine as somebody describes it."""
+
+    name: str  # what JAX calls a GPU of this kind, so that one can be recognised
+    platform: str  # JAX's: "gpu", "tpu" or "cpu"
+    memory_bytes: int
+    bytes_per_second: float | None = None  # read from its memory; None = not known
+    # Products of bfloat16 (T4: float16) with sums in float32, without sparsity.
+    flops_per_second: float | None = None
+    source: str = "given"  # where the figures are from
 
 
-def versions() -> dict[str, str]:
-    """Versions that a measurement depends on."""
-    packages = ("minillm_jax", "jax", "jaxlib", "flax")
-    found = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+_GB = 10**9
+_NVIDIA = "https://www.nvidia.com/en-us/data-center"
+_CLOUD = "https://docs.cloud.google.com/tpu/docs"
+_BLACKWELL = "NVIDIA RTX Blackwell GPU architecture, white paper, 2025"
+_ADA = "NVIDIA Ada GPU architecture, white paper, 2022"
+_AMPERE = "NVIDIA Ampere GA102 GPU architecture, white paper, 2020"
+
+# FLOPs are half of the makers' where those count sparsity: H200, H100, L4.
+_NVIDIA_GPUS = {
+    "h200": ("NVIDIA H200", 141, 4.8e12, 989.5e12, f"{_NVIDIA}/h200"),
+    "h100": ("NVIDIA H100 80GB HBM3", 80, 3.35e12, 989.5e12, f"{_NVIDIA}/h100"),
+    "a100-80gb": ("NVIDIA A100-SXM4-80GB", 80, 2.039e12, 312e12, f"{_NVIDIA}/a100"),
+    "a100-40gb": ("NVIDIA A100-SXM4-40GB", 40, 1.555e12, 312e12, f"{_NVIDIA}/a100"),
+    "l4": ("NVIDIA L4", 24, 300e9, 121e12, f"{_NVIDIA}/l4"),
+    "t4": ("Tesla T4", 16, 320e9, 65e12, f"{_NVIDIA}/tesla-t4"),
+    "rtx5090": ("NVIDIA GeForce RTX 5090", 32, 1.792e12, 209.5e12, _BLACKWELL),
+    "rtx4090": ("NVIDIA GeForce RTX 4090", 24, 1.008e12, 165.2e12, _ADA),
+    "rtx3090": ("NVIDIA GeForce RTX 3090", 24, 936e9, 71e12, _AMPERE),
+}
+_TPUS = {
+    "v6e": ("TPU v6e", 32, 1.638e12, 918e12, f"{_CLOUD}/v6e"),
+    "v5p": ("TPU v5p", 95, 2.765e12, 459e12, f"{_CLOUD}/v5p"),
+    "v5e": ("TPU v5e", 16, 819e9, 197e12, f"{_CLOUD}/v5e"),
+    "v4": ("TPU v4", 32, 1.2e12, 275e12, f"{_CLOUD}/v4"),
+}
+DEVICES = {
+    short: Device(name, platform, gigabytes * _GB, read, flops, source)
+    for platform, table in (("gpu", _NVIDIA_GPUS), ("tpu", _TPUS))
+    for short, (name, gigabytes, read, flops, source) in table.items()
+}
+# Where JAX says something else than everybody.
+_KINDS = {"TPU v5 lite": "TPU v5e", "TPU v5": "TPU v5p", "TPU v6 lite": "TPU v6e"}
 
 
-def available_bytes(device: Any) -> int:
-    """Bytes that can still be allocated: of the device, or of the host on CPU.
+def find(name: str) -> Device:
+    """The device called so, however it is spelled: "RTX 4090", "tpu-v5e", "H200".
 
-    On a GPU what JAX may take (its 75 % default, XLA_CLIENT_MEM_FRACTION) less
-    what it uses; on CPU the host's available memory, within the cgroup's limit.
+    Raises:
+      ConfigError: if there is none, with the names there are.
     """
-    if device.platform != "cpu":
-        stats = device.memory_stats() or {}
-        if "bytes_limit" in stats:
-            return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-    limits = [_host_available(), _cgroup_available()]
-    return min(limit for limit in limits if limit is not None)
+    spelled = {_plain(known): device for known, device in DEVICES.items()}
+    device = spelled.get(_plain(name))
+    if device is None:
+        hint = validation.did_you_mean(name.lower(), DEVICES)
+        raise ConfigError(f"device={name!r}: must be one of {', '.join(DEVICES)}{hint}")
+    return device
 
 
-def peak_bytes(device: Any) -> int | None:
-    """The most that was in use so far: of the device, or of this process on CPU."""
-    if device.platform != "cpu":
-        return (device.memory_stats() or {}).get("peak_bytes_in_use")
-    try:
-        import resource
-    except ImportError:  # not a POSIX system
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if platform.system() == "Darwin" else peak * 1024
+def of_kind(kind: str) -> Device | None:
+    """The device that JAX calls `kind`, its `device_kind`; None for any other."""
+    name = _KINDS.get(kind, kind)
+    return next((device for device in DEVICES.values() if device.name == name), None)
 
 
-def _host_available() -> int:
-    for line in _lines("/proc/meminfo"):
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _cgroup_available() -> int | None:
-    """What a container's limit (cgroup version 2) leaves, where there is one."""
-    limit = _lines("/sys/fs/cgroup/memory.max")
-    used = _lines("/sys/fs/cgroup/memory.current")
-    stat = _lines("/sys/fs/cgroup/memory.stat")
-    if not limit or not used or limit[0].strip() == "max":
-        return None
-    files = [line.split()[1] for line in stat if line.startswith("inactive_file ")]
-    taken = int(used[0]) - sum(int(size) for size in files)  # the kernel gives those up
-    return max(0, int(limit[0]) - taken)
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return pathlib.Path(path).read_text().splitlines()
-    except OSError:
-        return []
+def _plain(name: str) -> str:
+    words = re.sub(r"nvidia|geforce|google|cloud|tpu", "", name.lower())
+    return re.sub(r"[^a-z0-9]", "", words)

@@ -118,7 +118,7 @@ def overridden(name, flags):
 @pytest.mark.parametrize("name", mj.Configs.names)
 def test_what_a_refusal_advises_fits(monkeypatch, name, gigabytes):
     limit = int(gigabytes * 1e9) + measure.PROBE_BYTES
-    monkeypatch.setattr(fit.devices, "available_bytes", lambda device: limit)
+    monkeypatch.setattr(fit.machine, "available_bytes", lambda device: limit)
     model, settings = overridden(name, [])
     try:
         fit.check(model, settings)
@@ -157,7 +157,7 @@ def test_compile_seconds_counts_compilations_only():
 
 def test_advice_can_be_pasted_whatever_the_settings_were(monkeypatch):
     limit = 3 * 10**9 + measure.PROBE_BYTES
-    monkeypatch.setattr(fit.devices, "available_bytes", lambda device: limit)
+    monkeypatch.setattr(fit.machine, "available_bytes", lambda device: limit)
     given = [
         "--config.decode.contexts=4096",
         "--config.decode.new_tokens=64",

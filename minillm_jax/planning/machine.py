@@ -1,0 +1,87 @@
+"""The machine at hand: its name, its versions and the memory it has left.
+
+A `device` is one of `jax.devices()`.
+"""
+
+import importlib.metadata
+import os
+import pathlib
+import platform
+from typing import Any
+
+
+def device_name(device: Any) -> str:
+    """What a person calls it: the GPU's or TPU's kind, or the processor's model."""
+    if device.platform != "cpu":
+        return device.device_kind
+    names = [
+        line.split(":", 1)[1].strip()
+        for line in _lines("/proc/cpuinfo")
+        if line.startswith("model name")
+    ]
+    model = names[0] if names else platform.processor() or platform.machine()
+    return f"{model}, {os.cpu_count()} cores"
+
+
+def versions() -> dict[str, str]:
+    """Versions that a measurement depends on."""
+    packages = ("minillm_jax", "jax", "jaxlib", "flax")
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def available_bytes(device: Any) -> int:
+    """Bytes that can still be allocated: of the device, or of the host on CPU.
+
+    On a GPU what JAX may take (its 75 % default, XLA_CLIENT_MEM_FRACTION) less
+    what it uses; on CPU the host's available memory, within the cgroup's limit.
+    """
+    if device.platform != "cpu":
+        stats = device.memory_stats() or {}
+        if "bytes_limit" in stats:
+            return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    limits = [_host_available(), _cgroup_available()]
+    return min(limit for limit in limits if limit is not None)
+
+
+def peak_bytes(device: Any) -> int | None:
+    """The most that was in use so far: of the device, or of this process on CPU."""
+    if device.platform != "cpu":
+        return (device.memory_stats() or {}).get("peak_bytes_in_use")
+    try:
+        import resource
+    except ImportError:  # not a POSIX system
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024
+
+
+def _host_available() -> int:
+    for line in _lines("/proc/meminfo"):
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _cgroup_available() -> int | None:
+    """What a container's limit (cgroup version 2) leaves, where there is one."""
+    limit = _lines("/sys/fs/cgroup/memory.max")
+    used = _lines("/sys/fs/cgroup/memory.current")
+    stat = _lines("/sys/fs/cgroup/memory.stat")
+    if not limit or not used or limit[0].strip() == "max":
+        return None
+    files = [line.split()[1] for line in stat if line.startswith("inactive_file ")]
+    taken = int(used[0]) - sum(int(size) for size in files)  # the kernel gives those up
+    return max(0, int(limit[0]) - taken)
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return pathlib.Path(path).read_text().splitlines()
+    except OSError:
+        return []
