@@ -69,7 +69,9 @@ class Scoring(NamedTuple):
     softcap: float | None
 
 
-@functools.partial(jax.jit, static_argnames=("rule", "scale", "softcap"), inline=True)
+@functools.partial(
+    jax.jit, static_argnames=("rule", "scale", "softcap", "in_place"), inline=True
+)
 def attend(
     q: Float[Array, "*B K G T H"],
     k: Float[Array, "*B K S H"],
@@ -80,6 +82,7 @@ def attend(
     rule: kv.SlotRule = kv.SlotRule(),
     scale: float | None = None,
     softcap: float | None = None,
+    in_place: bool = False,
 ) -> Float[Array, "*B K G T H"]:
     """softmax(scale q kᵀ) v, softmax in float32.
 
@@ -88,22 +91,24 @@ def attend(
     keys block by block too (FlashAttention, Dao et al. 2022, arXiv:2205.14135), and
     blocks without a key that a query may see are skipped. On NVIDIA GPUs, where each
     decision to skip would wait for the host, it meets all keys at once. `scale` None is
-    1 / sqrt(H); `softcap` caps the scaled scores.
+    1 / sqrt(H); `softcap` caps the scaled scores. `in_place` is for what no gradient is
+    taken of: see `_in_query_blocks`.
     """
     scoring = Scoring(rule, q.shape[-1] ** -0.5 if scale is None else scale, softcap)
     length, slots = q.shape[-2], k.shape[-2]
+    in_blocks = functools.partial(_in_query_blocks, in_place=in_place)
 
     def at_once(q, k, v, queries, keys):
         def one(q, queries):
             return _attend_at_once(q, k, v, visible(queries, keys, rule), scoring)
 
-        return _in_query_blocks(one, q, queries, query_block(q.shape, slots))
+        return in_blocks(one, q, queries, query_block(q.shape, slots))
 
     def by_blocks(q, k, v, queries, keys):
         def one(q, queries):
             return _attend_by_blocks(q, k, v, queries, keys, scoring)
 
-        return _in_query_blocks(one, q, queries, query_block(q.shape, KEY_BLOCK))
+        return in_blocks(one, q, queries, query_block(q.shape, KEY_BLOCK))
 
     if length == 1 or slots <= KEY_BLOCK:
         return at_once(q, k, v, queries, keys)
@@ -119,16 +124,28 @@ def query_block(q_shape: tuple[int, ...], keys: int) -> int:
     return min(MAX_QUERY_BLOCK, max(MIN_QUERY_BLOCK, 2 ** (fitting.bit_length() - 1)))
 
 
-def _in_query_blocks(attend_one, q, queries: Places, block: int):
-    """`attend_one(q, queries)` of each block of queries, put together."""
+def _in_query_blocks(attend_one, q, queries: Places, block: int, *, in_place: bool):
+    """`attend_one(q, queries)` of each block of queries, put together.
+
+    In place, a block's output replaces its queries. Otherwise the outputs have an array
+    of their own, which a gradient needs, but of which XLA keeps one for every layer.
+    """
     length = q.shape[-2]
     if block >= length:
         return attend_one(q, queries)
     q_blocks = _split(q, -2, block)
     query_blocks = jax.tree.map(lambda x: _split(x, -1, block), queries)
-    out = jax.lax.map(
-        lambda xs: jax.checkpoint(attend_one)(*xs), (q_blocks, query_blocks)
-    )
+
+    def replaced(index, blocks):
+        one = jax.tree.map(lambda x: x[index], (blocks, query_blocks))
+        return blocks.at[index].set(attend_one(*one))
+
+    if in_place:
+        out = jax.lax.fori_loop(0, len(q_blocks), replaced, q_blocks)
+    else:
+        out = jax.lax.map(
+            lambda xs: jax.checkpoint(attend_one)(*xs), (q_blocks, query_blocks)
+        )
     out = jnp.moveaxis(out, 0, -3)
     return out.reshape(*q.shape[:-2], -1, q.shape[-1])[..., :length, :]
 
@@ -306,6 +323,7 @@ class Attention(nn.Module):
                 rule=rule,
                 scale=self.scale,
                 softcap=self.config.attention_softcap,
+                in_place=self.has_variable("cache", "k"),
             )
 
         with jax.named_scope("attend"):

@@ -15,6 +15,7 @@ from minillm_jax.planning import costs
 
 RUNTIME_BYTES = 640 * 2**20  # Python, JAX and the compiler, resident on the host
 MARGIN = 1.03  # of the rest: allocator rounding, small buffers
+SAMPLING_COPIES = 6  # of the logits, in a step that samples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,10 +83,11 @@ def plan_decode(
     weights = costs.weight_bytes(config)
     cache = costs.cache_bytes(config, batch_size, slots)
     chunk = min(config.prefill_chunk, capacity)
-    calls = [(chunk, max(slots))]
+    working = [_activations(config, platform, batch_size, chunk, max(slots))]
     if forward_tokens:
-        calls.append((forward_tokens, forward_tokens))
-    working = [_activations(config, platform, batch_size, *call) for call in calls]
+        shape = (batch_size, forward_tokens)
+        forward = _activations(config, platform, *shape, forward_tokens)
+        working.append(forward + _outputs_kept(config, *shape))
     return MemoryPlan(
         weights_bytes=weights,
         cache_bytes=cache,
@@ -102,19 +104,48 @@ def plan_decode(
 def _activations(
     config: ModelConfig, platform: str, rows: int, tokens: int, keys: int
 ) -> int:
-    """Bytes alive at once in a call: the widest layer, its scores, the logits.
+    """Bytes alive at once in a call of several tokens or of one, its logits included.
 
-    A layer holds its input and residual, gate and up with their product, and q, k, v;
-    the attention block its scores twice over, and copies of q and the output.
+    The widest of three moments of a layer, each beside the residual stream: qkv and
+    what RoPE makes of it; queries, scores and what softmax makes of them; gate and up
+    and their product. Narrow products are sums in float32 before they are rounded.
     """
-    size = costs.itemsize(config.dtype)
-    heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    width = 3 * config.dim_model + 3 * config.dim_ff + 2 * heads
-    shape = (rows, config.num_heads, tokens, config.head_dim)
+    size, sums = costs.itemsize(config.dtype), 4
+    inner = config.num_heads * config.head_dim
+    qkv = inner + 2 * config.num_kv_heads * config.head_dim
+    copies = 2 if size == 4 else 3  # scores, their exponentials, these rounded
+    scores = (
+        copies * 4 * config.num_heads * _scores(config, platform, rows, tokens, keys)
+    )
+    rounded = 0 if size == 4 else config.dim_model * size
+    projecting = tokens * (qkv * (sums + size) + rounded)
+    attending = tokens * inner * size + scores
+    mixing = tokens * (config.dim_ff * (2 * sums + size) + rounded)
+    widest = max(projecting, attending, mixing)
+    stream = tokens * config.dim_model * size
+    return rows * (stream + widest + SAMPLING_COPIES * 4 * config.vocab_size)
+
+
+def _scores(
+    config: ModelConfig, platform: str, rows: int, tokens: int, keys: int
+) -> int:
+    """One head's scores at a time: of a block of queries, or of a decode step."""
     together = keys if platform == "gpu" else min(keys, attention.KEY_BLOCK)
-    block = min(tokens, attention.query_block(shape, together)) * together
-    scores = 3 * 4 * rows * config.num_heads * max(block, keys)  # or a decode step's
-    return rows * tokens * width * size + scores + 2 * 4 * rows * config.vocab_size
+    return max(_query_block(config, rows, tokens, together) * together, keys)
+
+
+def _query_block(config: ModelConfig, rows: int, tokens: int, keys: int) -> int:
+    shape = (rows, config.num_heads, tokens, config.head_dim)
+    return min(tokens, attention.query_block(shape, keys))
+
+
+def _outputs_kept(config: ModelConfig, rows: int, tokens: int) -> int:
+    """Without a cache, the attention's output of every layer: see `attention`."""
+    if _query_block(config, rows, tokens, attention.KEY_BLOCK) == tokens:
+        return 0
+    inner = config.num_heads * config.head_dim
+    output = rows * tokens * inner * costs.itemsize(config.dtype)
+    return config.num_layers * output
 
 
 def _making_weights(config: ModelConfig) -> int:

@@ -158,3 +158,16 @@ def test_temporary_memory_of_a_prefill_chunk_does_not_grow_with_the_cache(batch_
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert temp_bytes(32768) <= 1.1 * temp_bytes(8192)
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_temporary_memory_of_a_prefill_chunk_does_not_grow_with_the_layers(batch_size):
+    """Of the attention's blocks of queries XLA kept an array for every layer."""
+
+    def temporary(layers):
+        config = CONFIG.replace(num_layers=layers, prefill_chunk=512)
+        model = mj.create_model(config)
+        compiled, *_ = _compiled(model, batch_size, "prefill", mj.CachePolicy())
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary(6) <= 1.05 * temporary(2)

@@ -378,8 +378,9 @@ def test_blocks_that_no_query_sees_are_skipped(small_blocks):
     np.testing.assert_allclose(out, 1.0, rtol=1e-6)
 
 
+@pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_slots_of_two_key_blocks_count_once(dtype, small_blocks):
+def test_slots_of_two_key_blocks_count_once(dtype, in_place, small_blocks):
     """21 keys are the blocks 0-7, 8-15 and 13-20."""
     tolerance = 1e-6 if dtype == "float32" else 2e-2
     q = jax.random.normal(jax.random.key(0), (2, 1, 9, 4)).astype(dtype)
@@ -389,7 +390,8 @@ def test_slots_of_two_key_blocks_count_once(dtype, small_blocks):
     wide = (a.astype(jnp.float32) for a in (q, k, v))
     whole = attention.attend(*wide, queries=queries, keys=keys)
     small_blocks()
-    blocked = attention.attend(q, k, v, queries=queries, keys=keys)
+    places = {"queries": queries, "keys": keys}
+    blocked = attention.attend(q, k, v, **places, in_place=in_place)
     assert blocked.dtype == dtype
     blocked = blocked.astype(jnp.float32)
     chex.assert_trees_all_close(blocked, whole, atol=tolerance, rtol=0)
