@@ -83,11 +83,15 @@ def plan_decode(
     weights = costs.weight_bytes(config)
     cache = costs.cache_bytes(config, batch_size, slots)
     chunk = min(config.prefill_chunk, capacity)
-    working = [_activations(config, platform, batch_size, chunk, max(slots))]
+    call = (batch_size, chunk, max(slots))
+    prefill = _activations(config, platform, *call)
+    if platform == "gpu":  # queries and outputs, as compiled for an H200 at most
+        prefill += 2 * _outputs_kept(config, platform, *call)
+    working = [prefill]
     if forward_tokens:
-        shape = (batch_size, forward_tokens)
-        forward = _activations(config, platform, *shape, forward_tokens)
-        working.append(forward + _outputs_kept(config, *shape))
+        call = (batch_size, forward_tokens, forward_tokens)
+        forward = _activations(config, platform, *call)
+        working.append(forward + _outputs_kept(config, platform, *call))
     return MemoryPlan(
         weights_bytes=weights,
         cache_bytes=cache,
@@ -130,22 +134,27 @@ def _scores(
     config: ModelConfig, platform: str, rows: int, tokens: int, keys: int
 ) -> int:
     """One head's scores at a time: of a block of queries, or of a decode step."""
+    queries, together = _block(config, platform, rows, tokens, keys)
+    return max(queries * together, keys)
+
+
+def _block(
+    config: ModelConfig, platform: str, rows: int, tokens: int, keys: int
+) -> tuple[int, int]:
+    """Queries and keys that `attention.attend` takes together."""
     together = keys if platform == "gpu" else min(keys, attention.KEY_BLOCK)
-    return max(_query_block(config, rows, tokens, together) * together, keys)
-
-
-def _query_block(config: ModelConfig, rows: int, tokens: int, keys: int) -> int:
     shape = (rows, config.num_heads, tokens, config.head_dim)
-    return min(tokens, attention.query_block(shape, keys))
+    return min(tokens, attention.query_block(shape, together)), together
 
 
-def _outputs_kept(config: ModelConfig, rows: int, tokens: int) -> int:
-    """Without a cache, the attention's output of every layer: see `attention`."""
-    if _query_block(config, rows, tokens, attention.KEY_BLOCK) == tokens:
-        return 0
+def _outputs_kept(
+    config: ModelConfig, platform: str, rows: int, tokens: int, keys: int
+) -> int:
+    """The attention's output of every layer, where it goes in blocks of queries."""
+    queries, _ = _block(config, platform, rows, tokens, keys)
     inner = config.num_heads * config.head_dim
     output = rows * tokens * inner * costs.itemsize(config.dtype)
-    return config.num_layers * output
+    return config.num_layers * output if queries < tokens else 0
 
 
 def _making_weights(config: ModelConfig) -> int:

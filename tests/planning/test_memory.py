@@ -72,6 +72,20 @@ def test_the_plan_of_a_gpu_is_in_bfloat16():
     assert plan(config).weights_bytes == 2 * plan(config, platform="gpu").weights_bytes
 
 
+# Temporary MB of a prefill chunk with 1024 slots, as XLA compiled it for an H200
+# (JAX 0.12.0.1, attention="xla"): `python -m benchmarks.ahead --target=h200`.
+ON_A_GPU = {("medium", 1): 27.4, ("medium", 8): 496.1, ("xlarge", 8): 1815}
+
+
+@pytest.mark.parametrize(("name", "batch_size"), ON_A_GPU)
+def test_the_plan_of_a_gpu_holds_what_was_compiled_for_one(name, batch_size):
+    measured = ON_A_GPU[name, batch_size] * 1e6
+    planned = plan(mj.Configs.by_name(name), batch_size, platform="gpu")
+    assert measured <= planned.activation_bytes
+    total = planned.weights_bytes + planned.cache_bytes + measured
+    assert planned.activation_bytes - measured <= 0.1 * total
+
+
 def test_what_is_converted_to_another_dtype_is_counted():
     config = mj.Configs.small()
     assert plan(config).conversion_bytes == 0
