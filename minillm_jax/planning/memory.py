@@ -5,6 +5,7 @@ its activations, or the weights as the last of them is made; and the runtime its
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 
@@ -83,19 +84,14 @@ def plan_decode(
     weights = costs.weight_bytes(config)
     cache = costs.cache_bytes(config, batch_size, slots)
     chunk = min(config.prefill_chunk, capacity)
-    call = (batch_size, chunk, max(slots))
-    prefill = _activations(config, platform, *call)
-    if platform == "gpu":  # queries and outputs, as compiled for an H200 at most
-        prefill += 2 * _outputs_kept(config, platform, *call)
-    working = [prefill]
+    calls = [_Call(config, platform, batch_size, chunk, max(slots), cached=True)]
     if forward_tokens:
-        call = (batch_size, forward_tokens, forward_tokens)
-        forward = _activations(config, platform, *call)
-        working.append(forward + _outputs_kept(config, platform, *call))
+        shape = (batch_size, forward_tokens, forward_tokens)
+        calls.append(_Call(config, platform, *shape, cached=False))
     return MemoryPlan(
         weights_bytes=weights,
         cache_bytes=cache,
-        activation_bytes=max(working),
+        activation_bytes=max(call.activation_bytes() for call in calls),
         conversion_bytes=_conversions(
             config, platform, batch_size, cache, max(slots) / sum(slots)
         ),
@@ -105,56 +101,65 @@ def plan_decode(
     )
 
 
-def _activations(
-    config: ModelConfig, platform: str, rows: int, tokens: int, keys: int
-) -> int:
-    """Bytes alive at once in a call of several tokens or of one, its logits included.
+class _Call(NamedTuple):
+    """One call of the model, of several tokens a row or of one."""
 
-    The widest of three moments of a layer, each beside the residual stream: qkv and
-    what RoPE makes of it; queries, scores and what softmax makes of them; gate and up
-    and their product. Narrow products are sums in float32 before they are rounded.
-    """
-    size, sums = costs.itemsize(config.dtype), 4
-    inner = config.num_heads * config.head_dim
-    qkv = inner + 2 * config.num_kv_heads * config.head_dim
-    copies = 2 if size == 4 else 3  # scores, their exponentials, these rounded
-    scores = (
-        copies * 4 * config.num_heads * _scores(config, platform, rows, tokens, keys)
-    )
-    rounded = 0 if size == 4 else config.dim_model * size
-    projecting = tokens * (qkv * (sums + size) + rounded)
-    attending = tokens * inner * size + scores
-    mixing = tokens * (config.dim_ff * (2 * sums + size) + rounded)
-    widest = max(projecting, attending, mixing)
-    stream = tokens * config.dim_model * size
-    return rows * (stream + widest + SAMPLING_COPIES * 4 * config.vocab_size)
+    config: ModelConfig
+    platform: str
+    rows: int
+    tokens: int  # new ones of each row
+    keys: int  # that each of them meets, masked or not
+    cached: bool
 
+    def activation_bytes(self) -> int:
+        """Bytes alive at once, logits included.
 
-def _scores(
-    config: ModelConfig, platform: str, rows: int, tokens: int, keys: int
-) -> int:
-    """One head's scores at a time: of a block of queries, or of a decode step."""
-    queries, together = _block(config, platform, rows, tokens, keys)
-    return max(queries * together, keys)
+        The widest of three moments of a layer, each beside the residual stream: qkv and
+        what RoPE makes of it; queries, scores and what softmax makes of them; gate and
+        up and their product. Narrow products are sums in float32 before they are
+        rounded.
+        """
+        config, tokens, sums = self.config, self.tokens, 4
+        size, inner = costs.itemsize(config.dtype), self._inner
+        qkv = inner + 2 * config.num_kv_heads * config.head_dim
+        queries, keys = self._block()
+        scores = config.num_heads * max(queries * keys, self.keys)
+        copies = 2 if size == 4 else 3  # scores, their exponentials, these rounded
+        rounded = 0 if size == 4 else config.dim_model * size
+        projecting = tokens * (qkv * (sums + size) + rounded)
+        attending = tokens * inner * size + copies * sums * scores
+        mixing = tokens * (config.dim_ff * (2 * sums + size) + rounded)
+        widest = max(projecting, attending, mixing)
+        stream = tokens * config.dim_model * size
+        logits = SAMPLING_COPIES * 4 * config.vocab_size
+        return self.rows * (stream + widest + logits) + self._kept_bytes()
 
+    @property
+    def _inner(self) -> int:
+        return self.config.num_heads * self.config.head_dim
 
-def _block(
-    config: ModelConfig, platform: str, rows: int, tokens: int, keys: int
-) -> tuple[int, int]:
-    """Queries and keys that `attention.attend` takes together."""
-    together = keys if platform == "gpu" else min(keys, attention.KEY_BLOCK)
-    shape = (rows, config.num_heads, tokens, config.head_dim)
-    return min(tokens, attention.query_block(shape, together)), together
+    def _block(self) -> tuple[int, int]:
+        """Queries and keys that `attention.attend` takes together."""
+        gpu = self.platform == "gpu"
+        keys = self.keys if gpu else min(self.keys, attention.KEY_BLOCK)
+        heads = (self.rows, self.config.num_heads)
+        shape = (*heads, self.tokens, self.config.head_dim)
+        return min(self.tokens, attention.query_block(shape, keys)), keys
 
+    def _kept_bytes(self) -> int:
+        """What XLA keeps of every layer's attention that goes in blocks of queries.
 
-def _outputs_kept(
-    config: ModelConfig, platform: str, rows: int, tokens: int, keys: int
-) -> int:
-    """The attention's output of every layer, where it goes in blocks of queries."""
-    queries, _ = _block(config, platform, rows, tokens, keys)
-    inner = config.num_heads * config.head_dim
-    output = rows * tokens * inner * costs.itemsize(config.dtype)
-    return config.num_layers * output if queries < tokens else 0
+        The outputs, unless they replace the queries as they do behind a cache; on a GPU
+        both of them then, as compiled for an H200 at most.
+        """
+        queries, _ = self._block()
+        in_place = self.cached and self.platform != "gpu"
+        if in_place or queries == self.tokens:
+            return 0
+        output = self.rows * self.tokens * self._inner
+        arrays = 2 if self.cached else 1
+        size = costs.itemsize(self.config.dtype)
+        return arrays * self.config.num_layers * output * size
 
 
 def _making_weights(config: ModelConfig) -> int:

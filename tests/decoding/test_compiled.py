@@ -148,26 +148,21 @@ def test_a_step_accesses_the_bytes_that_costs_counts(batch_size, capacity):
     assert least <= accessed <= 1.1 * least
 
 
+def temporary_bytes(batch_size, **changes):
+    """Of a prefill chunk of 512 tokens, for a variation of CONFIG."""
+    model = mj.create_model(CONFIG.replace(prefill_chunk=512, **changes))
+    compiled, *_ = _compiled(model, batch_size, "prefill", mj.CachePolicy())
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
 @pytest.mark.parametrize("batch_size", [1, 8])
 def test_temporary_memory_of_a_prefill_chunk_does_not_grow_with_the_cache(batch_size):
-    def temp_bytes(capacity):
-        config = CONFIG.replace(max_kv_cache_len=capacity, prefill_chunk=512)
-        compiled, *_ = _compiled(
-            mj.create_model(config), batch_size, "prefill", mj.CachePolicy()
-        )
-        return compiled.memory_analysis().temp_size_in_bytes
-
-    assert temp_bytes(32768) <= 1.1 * temp_bytes(8192)
+    small = temporary_bytes(batch_size, max_kv_cache_len=8192)
+    assert temporary_bytes(batch_size, max_kv_cache_len=32768) <= 1.1 * small
 
 
 @pytest.mark.parametrize("batch_size", [1, 8])
 def test_temporary_memory_of_a_prefill_chunk_does_not_grow_with_the_layers(batch_size):
     """Of the attention's blocks of queries XLA kept an array for every layer."""
-
-    def temporary(layers):
-        config = CONFIG.replace(num_layers=layers, prefill_chunk=512)
-        model = mj.create_model(config)
-        compiled, *_ = _compiled(model, batch_size, "prefill", mj.CachePolicy())
-        return compiled.memory_analysis().temp_size_in_bytes
-
-    assert temporary(6) <= 1.05 * temporary(2)
+    few = temporary_bytes(batch_size, num_layers=2)
+    assert temporary_bytes(batch_size, num_layers=6) <= 1.05 * few
