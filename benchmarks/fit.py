@@ -7,13 +7,14 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax
-
 from benchmarks import decode_runs, measure
 from minillm_jax.cli.app import UserError
 from minillm_jax.cli.config_files import DecodeSettings
 from minillm_jax.config import ConfigError, Configs, ModelConfig
 from minillm_jax.planning import machine, memory
+from minillm_jax.planning.devices import Device
+from minillm_jax.planning.memory import MemoryPlan
+from minillm_jax.planning.workload import Workload
 
 # The least that a measurement asks for, where the settings ask for anything else.
 SHORT = {
@@ -25,36 +26,42 @@ SHORT = {
 }
 
 
-def check(config: ModelConfig, settings: DecodeSettings) -> memory.MemoryPlan:
+def check(config: ModelConfig, settings: DecodeSettings) -> MemoryPlan:
     """The plan of the largest measurement; raises UserError if it does not fit."""
-    device = jax.devices()[0]
-    limit = machine.available_bytes(device) - measure.probe_bytes(device.platform)
-    plan = plan_for(config, settings, device.platform, limit)
+    device = device_left()
+    plan = plan_for(config, settings, device)
     if plan.fits:
         return plan
     advice = "nothing smaller fits either"
     for flags, smaller, shorter in alternatives(config, settings):
-        other = plan_for(smaller, shorter, device.platform, limit)
+        other = plan_for(smaller, shorter, device)
         if other.fits:
             advice = f"this fits, with {other.total_bytes / 1e9:.1f} GB: {flags}"
             break
-    raise UserError(f"{plan.refusal(machine.device_name(device))}; {advice}")
+    raise UserError(f"{plan.refusal()}; {advice}")
+
+
+def device_left() -> Device:
+    """The device at hand without what the bandwidth's probe takes of it."""
+    device = machine.this_device()
+    left = device.memory_bytes - measure.probe_bytes(device.platform)
+    return dataclasses.replace(device, memory_bytes=left)
 
 
 def plan_for(
-    config: ModelConfig, settings: DecodeSettings, platform: str, limit_bytes: int
-) -> memory.MemoryPlan:
+    config: ModelConfig, settings: DecodeSettings, device: Device
+) -> MemoryPlan:
     """The plan of the largest measurement; shapes the config refuses raise as there."""
     shapes = decode_runs.shapes(config, settings)
     full = [s.context for s in shapes if s.context <= config.max_seq_len]
-    return memory.plan_decode(
-        config,
+    work = Workload(
+        config=config.resolve(device.platform),
         batch_size=settings.batch_size,
+        context=max(shape.context for shape in shapes),
         capacity=max(shape.capacity for shape in shapes),
         forward_tokens=max(full, default=0) if settings.compare_no_cache else 0,
-        platform=platform,
-        limit_bytes=limit_bytes,
     )
+    return memory.plan(work, device)
 
 
 def alternatives(

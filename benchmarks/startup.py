@@ -30,7 +30,7 @@ from minillm_jax.decoding.generator import GENERATE_STEPS
 from minillm_jax.model import cache as kv
 from minillm_jax.model import transformer
 from minillm_jax.model.transformer import MiniLLM
-from minillm_jax.planning import machine, memory
+from minillm_jax.planning import memory
 
 CAPACITY = 256
 TIMES = ("cold", "warm")
@@ -100,15 +100,7 @@ def benchmark(config: Any, arguments: list[str]) -> dict[str, Any]:
 
 
 def _fits(config: ModelConfig) -> bool:
-    device = jax.devices()[0]
-    plan = memory.plan_decode(
-        config,
-        batch_size=1,
-        capacity=CAPACITY,
-        platform=device.platform,
-        limit_bytes=machine.available_bytes(device),
-    )
-    return plan.fits
+    return memory.plan_memory(config, context=CAPACITY).fits
 
 
 def show(result: dict[str, Any]) -> None:

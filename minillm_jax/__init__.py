@@ -23,6 +23,8 @@ from minillm_jax.model.cache import init_cache as init_cache
 from minillm_jax.model.transformer import MiniLLM as MiniLLM
 from minillm_jax.model.transformer import create_model as create_model
 from minillm_jax.model.transformer import init_params as init_params
+from minillm_jax.planning.memory import MemoryPlan as MemoryPlan
+from minillm_jax.planning.memory import plan_memory as plan_memory
 from minillm_jax.text.tokenizer import ByteTokenizer as ByteTokenizer
 from minillm_jax.text.tokenizer import TokenizerError as TokenizerError
 from minillm_jax.text.tokenizer import load_tokenizer as load_tokenizer

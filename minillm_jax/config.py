@@ -125,6 +125,9 @@ class ModelConfig:
     # How it runs.
     # Tokens of one prefill call at most; None = min(max_seq_len, 512).
     prefill_chunk: Annotated[int, Tokens] = None  # pyright: ignore
+    # Training computes a layer's activations again for its gradients instead of storing
+    # them: less memory, about a third more FLOPs.
+    remat: bool = False
     # Kernels of attention on NVIDIA GPUs, of several tokens and of one with a cache:
     # "cudnn" flash attention where it serves, or "xla"; "auto" = what `create_model`
     # finds. Elsewhere it is always XLA.

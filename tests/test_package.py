@@ -35,7 +35,13 @@ LAYERS = (
     ("weights.windows",),
     ("weights.configs", "weights.names", "weights.files", "weights.hub"),
     ("weights",),
-    ("planning",),
+    ("training.loss",),
+    ("training.step",),
+    ("planning.devices", "planning.automatic", "planning.activations"),
+    ("planning.machine", "planning.workload", "planning.bounds"),
+    ("planning.compiled",),
+    ("planning.memory",),
+    ("planning.advice",),
     ("cli",),
 )
 # Test help stands apart: the oracle shares no code with the model.

@@ -37,8 +37,11 @@ _USER_ERRORS = (
 )
 
 
-def run(main: Callable[[Any], None]) -> None:
-    """Parses the command line and calls `main` with the config; exits."""
+def run(main: Callable[[Any], None], *, optional: bool = False) -> None:
+    """Parses the command line and calls `main` with the config; exits.
+
+    Where it is `optional` and not given, `main` gets None.
+    """
     help_text = f"A config file, or a preset: {_PRESETS}"
     flag = config_flags.DEFINE_config_file("config", None, help_text)
     model_help = "A Hugging Face folder to take config and weights from."
@@ -47,9 +50,10 @@ def run(main: Callable[[Any], None]) -> None:
     cache = flags.DEFINE_string("compilation_cache", None, cache_help)
 
     def with_config() -> None:
-        if flag.value is None:
+        if flag.value is not None:
+            _use_folder(flag.value, model.value)
+        elif flag.present or not optional:
             raise UserError(_no_config())
-        _use_folder(flag.value, model.value)
         if cache.value is not None:
             folder = None if cache.value == "default" else cache.value
             compilation_cache.use_compilation_cache(folder)

@@ -13,18 +13,16 @@ import pathlib
 import sys
 from typing import Any
 
-import jax
 from absl import flags
 
 from minillm_jax.cli import app, chat, config_files, model_folder, reply, request
 from minillm_jax.cli.app import UserError
 from minillm_jax.config import ModelConfig
 from minillm_jax.decoding import generator, requests
-from minillm_jax.decoding.executables import smallest_holding
 from minillm_jax.decoding.sampling import SamplingParams
 from minillm_jax.model import cache as kv
 from minillm_jax.model import transformer
-from minillm_jax.planning import machine, memory
+from minillm_jax.planning import advice, memory
 from minillm_jax.text import tokenizer as tokenizers
 from minillm_jax.weights import load
 
@@ -49,11 +47,17 @@ def define_flags() -> None:
 
 
 def check(
-    config: ModelConfig, tokenizer: Any, prompt: list[int], sampling: SamplingParams
+    config: ModelConfig,
+    tokenizer: Any,
+    prompt: list[int],
+    sampling: SamplingParams,
+    *,
+    trained: bool,
 ) -> None:
     """Raises what is wrong with the request before the weights are there.
 
-    UserError if weights and cache do not fit.
+    UserError if weights and cache do not fit, with what would; weights that are
+    `trained` keep their shapes.
     """
     policy = kv.CachePolicy(overflow=FLAGS.overflow, num_sinks=FLAGS.num_sinks)
     asked, *_ = requests.make_requests(
@@ -64,18 +68,14 @@ def check(
         max_new_tokens=FLAGS.max_new_tokens,
         sampling=sampling,
     )
-    tokens, sizes = len(prompt) + asked.budget, generator.capacities(config, policy)
-    device = jax.devices()[0]
-    plan = memory.plan_decode(
-        config,
-        batch_size=1,
-        capacity=smallest_holding(sizes, tokens),
-        platform=device.platform,
-        limit_bytes=machine.available_bytes(device),
-        policy=policy,
-    )
-    if not plan.fits:
-        raise UserError(plan.refusal(machine.device_name(device)))
+    tokens = min(len(prompt) + asked.budget, config.max_kv_cache_len)
+    plan = memory.plan_memory(config, context=tokens, policy=policy)
+    if plan.fits:
+        return
+    changes = advice.singles(plan, trained=trained, model_only=True)
+    fitting = advice.until_it_fits(plan, changes)
+    hint = "" if fitting is None else f"; this fits: {fitting.change}"
+    raise UserError(plan.refusal() + hint)
 
 
 def _tokenizer(folder: pathlib.Path | None) -> chat.ChatTokenizer:
@@ -108,7 +108,8 @@ def main(config: Any) -> None:
         raise UserError("--chat reads its messages from stdin, and prints no JSON")
     else:  # as short as one can be
         prompt = tokenizer.encode_chat([*chat.beginning(FLAGS.system), chat.user("Hi")])
-    check(model_config, tokenizer, prompt, sampling)
+    trained = model_folder.folder(config) is not None
+    check(model_config, tokenizer, prompt, sampling, trained=trained)
 
     model = transformer.create_model(model_config)
     params = model_folder.params(config, model)

@@ -67,7 +67,8 @@ class MiniLLM(nn.Module):
         table = (config.vocab_size, config.dim_model)
         self.embedding = layers.param(self, "embedding", table)
         windows = [config.window(layer) for layer in range(config.num_layers)]
-        self.layers = [Block(config, window) for window in windows]
+        block = nn.remat(Block, static_argnums=(3,)) if config.remat else Block
+        self.layers = [block(config, window) for window in windows]
         self.final_norm = layers.RMSNorm(config)
         if not config.tie_embeddings:
             self.lm_head = layers.param(self, "lm_head", table[::-1])

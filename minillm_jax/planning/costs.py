@@ -80,3 +80,9 @@ def forward_flops(config: ModelConfig, tokens: int, context: int = 0) -> int:
         pairs += grown * context + grown * (grown + 1) // 2 + (tokens - grown) * window
     attention = 2 * config.num_heads * config.head_dim * pairs
     return 2 * (tokens * products + attention)
+
+
+def prefill_flops(config: ModelConfig, tokens: int) -> int:
+    """FLOPs from a row's prompt to the logits of its last token alone."""
+    head = 2 * config.vocab_size * config.dim_model
+    return forward_flops(config, tokens) - (tokens - 1) * head

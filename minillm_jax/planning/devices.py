@@ -23,8 +23,17 @@ class Device:
     # Products of bfloat16 (T4: float16) with sums in float32, without sparsity.
     flops_per_second: float | None = None
     source: str = "given"  # where the figures are from
+    # What JAX takes of the memory: three quarters of a GPU's unless
+    # XLA_CLIENT_MEM_FRACTION says otherwise (docs.jax.dev, "GPU memory allocation").
+    memory_fraction: float = 1.0
+
+    @property
+    def limit_bytes(self) -> int:
+        """What a program may use."""
+        return int(self.memory_bytes * self.memory_fraction)
 
 
+FRACTIONS = {"gpu": 0.75}  # by platform, where it is not all of the memory
 _GB = 10**9
 _NVIDIA = "https://www.nvidia.com/en-us/data-center"
 _CLOUD = "https://docs.cloud.google.com/tpu/docs"
@@ -51,7 +60,10 @@ _TPUS = {
     "v4": ("TPU v4", 32, 1.2e12, 275e12, f"{_CLOUD}/v4"),
 }
 DEVICES = {
-    short: Device(name, platform, gigabytes * _GB, read, flops, source)
+    short: Device(
+        *(name, platform, gigabytes * _GB, read, flops, source),
+        memory_fraction=FRACTIONS.get(platform, 1.0),
+    )
     for platform, table in (("gpu", _NVIDIA_GPUS), ("tpu", _TPUS))
     for short, (name, gigabytes, read, flops, source) in table.items()
 }

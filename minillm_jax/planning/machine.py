@@ -1,19 +1,45 @@
 """The machine at hand: its name, its versions and the memory it has left.
 
-A `device` is one of `jax.devices()`.
+A `device` is one of `jax.devices()`, where it is not the planner's `Device`.
 """
 
+import dataclasses
 import importlib.metadata
 import os
 import pathlib
 import platform
 from typing import Any
 
+import jax
+
+from minillm_jax.planning import devices
+
+_HERE = "what this machine has left"  # the source of a device that is found
+
+
+def host() -> devices.Device:
+    """The processors and the memory they have left, to plan for; JAX is not asked."""
+    return devices.Device(_processor(), "cpu", _host_available(), source=_HERE)
+
+
+def this_device() -> devices.Device:
+    """The first of `jax.devices()`, with what it has left, to plan for."""
+    device = jax.devices()[0]
+    left, known = available_bytes(device), devices.of_kind(device.device_kind)
+    if known is None:
+        name = device_name(device)
+        return devices.Device(name, device.platform, left, source=_HERE)
+    return dataclasses.replace(
+        known, memory_bytes=left, memory_fraction=1.0, source=_HERE
+    )
+
 
 def device_name(device: Any) -> str:
     """What a person calls it: the GPU's or TPU's kind, or the processor's model."""
-    if device.platform != "cpu":
-        return device.device_kind
+    return _processor() if device.platform == "cpu" else device.device_kind
+
+
+def _processor() -> str:
     names = [
         line.split(":", 1)[1].strip()
         for line in _lines("/proc/cpuinfo")
@@ -45,8 +71,7 @@ def available_bytes(device: Any) -> int:
         stats = device.memory_stats() or {}
         if "bytes_limit" in stats:
             return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-    limits = [_host_available(), _cgroup_available()]
-    return min(limit for limit in limits if limit is not None)
+    return _host_available()
 
 
 def peak_bytes(device: Any) -> int | None:
@@ -62,6 +87,11 @@ def peak_bytes(device: Any) -> int | None:
 
 
 def _host_available() -> int:
+    limits = [_available(), _cgroup_available()]
+    return min(limit for limit in limits if limit is not None)
+
+
+def _available() -> int:
     for line in _lines("/proc/meminfo"):
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024

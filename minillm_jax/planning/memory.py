@@ -1,188 +1,238 @@
-"""Whether a model and its cache fit, before anything is allocated.
+"""Whether a model fits a device, and how much of it would, before anything is made.
 
-The parts are summed for the moments when most is alive: weights, cache and a call with
-its activations, or the weights as the last of them is made; and the runtime itself.
+plan = plan_memory(Configs.large(), batch_size=8, device="rtx4090")
+plan.fits, plan.total_bytes, plan.bytes_by_class, plan.max_context
 """
 
 import dataclasses
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
 
 import jax
 
-from minillm_jax.config import ModelConfig
-from minillm_jax.model import attention
+from minillm_jax import validation
+from minillm_jax.config import MAX_POSITIONS, ConfigError, ModelConfig, check_is_config
+from minillm_jax.decoding import generator
 from minillm_jax.model import cache as kv
-from minillm_jax.planning import costs
+from minillm_jax.planning import automatic, compiled, devices, machine
+from minillm_jax.planning.automatic import Auto
+from minillm_jax.planning.devices import Device
+from minillm_jax.planning.workload import Moments, Workload
 
 RUNTIME_BYTES = 640 * 2**20  # Python, JAX and the compiler, resident on the host
-MARGIN = 1.03  # of the rest: allocator rounding, small buffers
-SAMPLING_COPIES = 6  # of the logits, in a step that samples
+WORKSPACE = 0.03  # of what is alive: allocator rounding, small buffers
+LIBRARY_BYTES = 64 * 2**20  # on a GPU, workspaces of its matrix products
 
 
 @dataclasses.dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes by class, beside the limit they must keep."""
+    """Bytes at each moment of a run, and whether the largest keeps the limit."""
 
-    weights_bytes: int
-    cache_bytes: int
-    activation_bytes: int  # the largest call's, its logits included
-    conversion_bytes: int  # copies of weights and cache in another dtype
-    init_bytes: int  # of making random weights, before there is a cache
-    runtime_bytes: int
-    limit_bytes: int
+    workload: Workload
+    device: Device
+    moments: Moments  # moment -> class -> bytes alive then
+
+    @property
+    def peak(self) -> str:
+        """The moment when most is alive."""
+        return max(self.moments, key=lambda name: sum(self.moments[name].values()))
+
+    @property
+    def bytes_by_class(self) -> dict[str, int]:
+        """At the peak, with what is taken beside it: these add up to `total_bytes`."""
+        alive = dict(self.moments[self.peak])
+        library = LIBRARY_BYTES if self.device.platform == "gpu" else 0
+        alive["workspace"] = int(WORKSPACE * sum(alive.values())) + library
+        runtime = {"runtime": RUNTIME_BYTES} if self.device.platform == "cpu" else {}
+        return alive | runtime
 
     @property
     def total_bytes(self) -> int:
-        """The sum, with a margin for the allocator."""
-        running = self.cache_bytes + self.activation_bytes + self.conversion_bytes
-        peak = self.weights_bytes + max(running, self.init_bytes)
-        return int(MARGIN * peak) + self.runtime_bytes
+        """The most that is taken at any moment."""
+        return sum(self.bytes_by_class.values())
+
+    @property
+    def limit_bytes(self) -> int:
+        """What may be taken of the device."""
+        return max(0, self.device.limit_bytes)
 
     @property
     def fits(self) -> bool:
         """Whether the total keeps the limit."""
         return self.total_bytes <= self.limit_bytes
 
-    def refusal(self, device: str) -> str:
+    @property
+    def config(self) -> ModelConfig:
+        """Resolved for the device; with a longer cache than given if planned so."""
+        return self.workload.config
+
+    @property
+    def batch_size(self) -> int:
+        """Rows."""
+        return self.workload.batch_size
+
+    @property
+    def context(self) -> int:
+        """Tokens that a row of the cache holds, or of a training sequence."""
+        return self.workload.context
+
+    @property
+    def weights_bytes(self) -> int:
+        """Of the parameters as stored."""
+        return self.workload.weights_bytes
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of the cache as allocated."""
+        return self.workload.cache_bytes
+
+    @property
+    def cache_used_bytes(self) -> int:
+        """Of the cache, what the context fills."""
+        return self.workload.cache_used_bytes
+
+    @functools.cached_property
+    def max_batch_size(self) -> int:
+        """The most rows of this context that fit; 0 = none."""
+
+        def fits(rows: int) -> bool:
+            more = dataclasses.replace(self.workload, batch_size=rows)
+            return plan(more, self.device).fits
+
+        return _largest(fits, kv.MAX_ROWS)
+
+    @functools.cached_property
+    def max_context(self) -> int:
+        """The longest context of this many rows that fits; 0 = none.
+
+        Above the config's `max_kv_cache_len` (of training, `max_seq_len`) it is what
+        that could be raised to; below, the largest capacity that a Generator allocates.
+        """
+        work = dataclasses.replace(self.workload, capacity=None)
+
+        def fits(context: int) -> bool:
+            return plan(work.with_context(context), self.device).fits
+
+        if work.training or fits(work.config.max_kv_cache_len):
+            return _largest(fits, MAX_POSITIONS)
+        sizes = generator.capacities(work.config, work.policy)
+        return max((size for size in sizes if fits(size)), default=0)
+
+    def refusal(self) -> str:
         """Why it does not fit, for the user of a command line."""
+        parts = [f"{name} {gigabytes(n)}" for name, n in self.bytes_by_class.items()]
         return (
-            f"does not fit: weights {_gb(self.weights_bytes)}, cache "
-            f"{_gb(self.cache_bytes)}, activations {_gb(self.activation_bytes)}, "
-            f"copies in another dtype {_gb(self.conversion_bytes)}; in all "
-            f"{_gb(self.total_bytes)} with the runtime, but "
-            f"{_gb(max(self.limit_bytes, 0))} are available on {device}"
+            f"does not fit: {', '.join(parts)}; {gigabytes(self.total_bytes)} in all, "
+            f"but {gigabytes(self.limit_bytes)} are available on {self.device.name}"
         )
 
 
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.1f} GB"
-
-
-def plan_decode(
+def plan_memory(
     config: ModelConfig,
+    batch_size: int | str = 1,
+    context: int | str | None = None,
+    device: str | Device = "this",
     *,
-    batch_size: int,
-    capacity: int,
-    forward_tokens: int = 0,
-    platform: str,
-    limit_bytes: int,
     policy: kv.CachePolicy = kv.CachePolicy(),
+    training: bool = False,
+    exact: bool = False,
 ) -> MemoryPlan:
-    """The plan of a prefill and decode, and of a forward without cache if there is one.
+    """The plan of generating, or training, with a config on a device; nothing is made.
 
     Args:
-      config: dtypes "auto" are resolved for `platform`.
-      batch_size: rows.
-      capacity: tokens a row of the cache can hold.
-      forward_tokens: tokens per row of the longest forward without cache.
-      platform: JAX's name of it: "cpu", "gpu" or "tpu".
-      limit_bytes: what may be used.
-      policy: what the cache is made with.
+      config: dtypes "auto" become those of the device.
+      batch_size: rows; "auto" = the most that fit, "auto:64" = at most 64.
+      context: tokens that a row of the cache holds, or of a training sequence. None =
+        `max_kv_cache_len`, or `max_seq_len`; beyond them the config is planned as if
+        they were raised. "auto" and "auto:65536" = the longest that fits, chosen before
+        an automatic batch size.
+      device: a name of `devices.DEVICES`, "cpu" (the host), "this" (the first of
+        `jax.devices()`, with the memory it has left), or a Device.
+      policy: of the cache.
+      training: a step of AdamW instead of prefill and decode; parameters whose dtype is
+        "auto" are float32 then.
+      exact: also compiles what is planned, from shapes, and takes XLA's figures; only
+        for the platform at hand.
+
+    Raises:
+      ConfigError: for anything that is not as above.
     """
-    config = config.resolve(platform)
-    slots = kv.num_slots(config, capacity, policy)
-    weights = costs.weight_bytes(config)
-    cache = costs.cache_bytes(config, batch_size, slots)
-    chunk = min(config.prefill_chunk, capacity)
-    calls = [_Call(config, platform, batch_size, chunk, max(slots), cached=True)]
-    if forward_tokens:
-        shape = (batch_size, forward_tokens, forward_tokens)
-        calls.append(_Call(config, platform, *shape, cached=False))
-    return MemoryPlan(
-        weights_bytes=weights,
-        cache_bytes=cache,
-        activation_bytes=max(call.activation_bytes() for call in calls),
-        conversion_bytes=_conversions(
-            config, platform, batch_size, cache, max(slots) / sum(slots)
-        ),
-        init_bytes=_making_weights(config),
-        runtime_bytes=RUNTIME_BYTES if platform == "cpu" else 0,
-        limit_bytes=limit_bytes,
+    check_is_config(config)
+    device = find_device(device)
+    if training and config.param_dtype == "auto":
+        config = config.replace(param_dtype="float32")
+    config = config.resolve(device.platform)
+    longest = config.max_seq_len if training else config.max_kv_cache_len
+    rows = automatic.parse("batch_size", batch_size, kv.MAX_ROWS)
+    asked = longest if context is None else context
+    tokens = automatic.parse("context", asked, MAX_POSITIONS)
+    work = Workload(
+        config=config,
+        batch_size=1 if isinstance(rows, Auto) else rows,
+        context=longest,
+        policy=policy,
+        training=training,
     )
+    if isinstance(tokens, Auto):
+        tokens = tokens.choose(plan(work, device).max_context)
+    work = work.with_context(tokens)
+    if isinstance(rows, Auto):
+        chosen = rows.choose(plan(work, device).max_batch_size)
+        work = dataclasses.replace(work, batch_size=chosen)
+    found = plan(work, device)
+    return _compiled(found) if exact else found
 
 
-class _Call(NamedTuple):
-    """One call of the model, of several tokens a row or of one."""
-
-    config: ModelConfig
-    platform: str
-    rows: int
-    tokens: int  # new ones of each row
-    keys: int  # that each of them meets, masked or not
-    cached: bool
-
-    def activation_bytes(self) -> int:
-        """Bytes alive at once, logits included.
-
-        The widest of three moments of a layer, each beside the residual stream: qkv and
-        what RoPE makes of it; queries, scores and what softmax makes of them; gate and
-        up and their product. Narrow products are sums in float32 before they are
-        rounded.
-        """
-        config, tokens, sums = self.config, self.tokens, 4
-        size, inner = costs.itemsize(config.dtype), self._inner
-        qkv = inner + 2 * config.num_kv_heads * config.head_dim
-        queries, keys = self._block()
-        scores = config.num_heads * max(queries * keys, self.keys)
-        copies = 2 if size == 4 else 3  # scores, their exponentials, these rounded
-        rounded = 0 if size == 4 else config.dim_model * size
-        projecting = tokens * (qkv * (sums + size) + rounded)
-        attending = tokens * inner * size + copies * sums * scores
-        mixing = tokens * (config.dim_ff * (2 * sums + size) + rounded)
-        widest = max(projecting, attending, mixing)
-        stream = tokens * config.dim_model * size
-        logits = SAMPLING_COPIES * 4 * config.vocab_size
-        return self.rows * (stream + widest + logits) + self._kept_bytes()
-
-    @property
-    def _inner(self) -> int:
-        return self.config.num_heads * self.config.head_dim
-
-    def _block(self) -> tuple[int, int]:
-        """Queries and keys that `attention.attend` takes together."""
-        gpu = self.platform == "gpu"
-        keys = self.keys if gpu else min(self.keys, attention.KEY_BLOCK)
-        heads = (self.rows, self.config.num_heads)
-        shape = (*heads, self.tokens, self.config.head_dim)
-        return min(self.tokens, attention.query_block(shape, keys)), keys
-
-    def _kept_bytes(self) -> int:
-        """What XLA keeps of every layer's attention that goes in blocks of queries.
-
-        The outputs, unless they replace the queries as they do behind a cache; on a GPU
-        both of them then, as compiled for an H200 at most.
-        """
-        queries, _ = self._block()
-        in_place = self.cached and self.platform != "gpu"
-        if in_place or queries == self.tokens:
-            return 0
-        output = self.rows * self.tokens * self._inner
-        arrays = 2 if self.cached else 1
-        size = costs.itemsize(self.config.dtype)
-        return arrays * self.config.num_layers * output * size
+def plan(work: Workload, device: Device) -> MemoryPlan:
+    """The plan of a workload whose config is resolved for the device."""
+    return MemoryPlan(work, device, work.moments(device.platform))
 
 
-def _making_weights(config: ModelConfig) -> int:
-    """The largest matrix, in float32, three times: random bits, normals, the result."""
-    return 3 * 4 * config.dim_model * max(2 * config.dim_ff, config.vocab_size)
+def _compiled(found: MemoryPlan) -> MemoryPlan:
+    """With XLA's figures in the place of ours, of the moments that are one call."""
+    platform, here = found.device.platform, jax.default_backend()
+    if platform != here:
+        raise ConfigError(
+            f"exact=True: compiles for this machine's {here!r}, but "
+            f"{found.device.name} is a {platform!r}; leave it out"
+        )
+    moments = dict(found.moments)
+    for name, total in compiled.total_bytes(found.workload).items():
+        stored = ("weights", "cache", "optimizer")
+        parts = {k: v for k, v in moments[name].items() if k in stored}
+        moments[name] = parts | {"compiled": total - sum(parts.values())}
+    return dataclasses.replace(found, moments=moments)
 
 
-def _conversions(config, platform: str, rows: int, cache: int, largest: float) -> int:
-    """Copies in another dtype that XLA keeps beside the stored arrays.
+def find_device(device: str | Device) -> Device:
+    """The device of that name, "cpu" or "this"; a Device is itself.
 
-    Weights stored in another dtype than they are computed in are converted before a
-    token loop, all of them. Before JAX 0.12, XLA on CPU also looks tokens up and writes
-    to the cache in float32: it converts the embedding, tied to the head twice, and the
-    cache, of several rows all layers at once.
+    Raises:
+      ConfigError: for anything else.
     """
-    size, copies = costs.itemsize(config.dtype), 0
-    if platform == "cpu" and size < 4 and jax.__version_info__ < (0, 12):
-        width = 6 if config.tie_embeddings else 4
-        copies += width * config.vocab_size * config.dim_model
-        if costs.itemsize(config.cache_dtype) == 2:
-            copies += 2 * (cache if rows > 1 else int(cache * largest))
-    if config.param_dtype != config.dtype:
-        copies += costs.parameters(config) * size
-    if config.cache_dtype != config.dtype:  # a layer's at a time
-        copies += int(cache * largest * size // costs.itemsize(config.cache_dtype))
-    return copies
+    if isinstance(device, Device):
+        return device
+    if not isinstance(device, str):
+        raise ConfigError(
+            f"device={validation.shown(device)}: must be a name or Device"
+        )
+    if device == "this":
+        return machine.this_device()
+    return machine.host() if device == "cpu" else devices.find(device)
+
+
+def _largest(fits: Callable[[int], bool], bound: int) -> int:
+    """The largest number up to `bound` that fits, where all smaller ones do too."""
+    low, high = 0, 1
+    while high <= bound and fits(high):
+        low, high = high, 2 * high
+    high = min(high, bound + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def gigabytes(size: int) -> str:
+    """As messages and tables show bytes."""
+    return f"{size / 1e9:.1f} GB"

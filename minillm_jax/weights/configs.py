@@ -41,7 +41,10 @@ _ACTIVATIONS = {
 }
 # A section of our own, for what transformers has no key for.
 # What a machine runs a model with; a folder's dtype is that of its tensors.
-_NOT_SAVED = ("dtype", "param_dtype", "cache_dtype", "attention", "decode_attention")
+_NOT_SAVED = (
+    *("dtype", "param_dtype", "cache_dtype"),
+    *("attention", "decode_attention", "remat"),
+)
 _OWN, _OWN_FIELDS = "minillm_jax", ("max_seq_len", "max_kv_cache_len", "prefill_chunk")
 
 

@@ -1,140 +1,194 @@
-"""The plan against the compiler's own figures, and its monotony."""
+"""plan_memory: what fits, how much of it would, and what may be asked."""
+
+import dataclasses
 
 import jax
-import jax.numpy as jnp
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import minillm_jax as mj
-from minillm_jax.decoding import decode
-from minillm_jax.model import attention
-from minillm_jax.planning import memory
-from minillm_jax.testing import tiny_config
+from minillm_jax.planning import devices, machine, memory
+from minillm_jax.planning.devices import Device
+
+NAMES = ("t4", "rtx4090", "h200", "v5e")
 
 
-def plan(config, batch_size=1, capacity=1024, forward_tokens=0, platform="cpu"):
-    return memory.plan_decode(
-        config,
-        batch_size=batch_size,
-        capacity=capacity,
-        forward_tokens=forward_tokens,
-        platform=platform,
-        limit_bytes=10**9,
-    )
+def sized(gigabytes, platform="gpu"):
+    return Device("some", platform, int(gigabytes * 1e9))
 
 
-MIXED = {"sliding_window": 64, "global_layers": (1,)}
+def test_the_classes_add_up_to_the_total():
+    plan = mj.plan_memory(mj.Configs.large(), 2, device="h200")
+    assert sum(plan.bytes_by_class.values()) == plan.total_bytes
+    assert plan.bytes_by_class["weights"] == plan.weights_bytes
+    assert plan.bytes_by_class["cache"] == plan.cache_bytes
+    assert plan.total_bytes > sum(plan.moments[plan.peak].values())
+    assert plan.limit_bytes == 0.75 * 141e9
+    assert plan.fits
 
 
-@pytest.mark.parametrize(("batch_size", "changes"), [(1, {}), (8, {}), (8, MIXED)])
-def test_the_plan_holds_what_the_compiler_takes(batch_size, changes):
-    config = mj.Configs.small().replace(num_layers=2, dtype="float32", **changes)
-    model = mj.create_model(config)
-    params = jax.eval_shape(lambda: mj.init_params(model))
-    cache = jax.eval_shape(lambda: mj.init_cache(config, batch_size, 1024))
-    logits = jax.ShapeDtypeStruct((batch_size, config.vocab_size), jnp.float32)
-    tokens = jax.ShapeDtypeStruct((batch_size, config.prefill_chunk), jnp.int32)
-    lengths = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
-    chunk = decode.prefill_chunk.lower(
-        model, params, cache, logits, tokens, lengths, policy=mj.CachePolicy()
-    )
-    measured = chunk.compile().memory_analysis()
-    planned = plan(config, batch_size)
-    stored = planned.weights_bytes + planned.cache_bytes
-    assert abs(measured.argument_size_in_bytes / stored - 1) <= 0.02
-    assert measured.temp_size_in_bytes <= planned.activation_bytes
-    assert planned.activation_bytes <= 1.15 * measured.temp_size_in_bytes
-
-
-@pytest.mark.parametrize("batch_size", [1, 8])
-@pytest.mark.parametrize("name", ["small", "medium"])
-def test_the_plan_holds_a_forward_without_cache(name, batch_size):
-    config = mj.Configs.by_name(name).replace(num_layers=4, dtype="float32")
-    model = mj.create_model(config)
-    shape = (batch_size, config.max_seq_len)
-    tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
-
-    @jax.jit
-    def hidden(params, tokens):
-        x, _ = model.apply({"params": params}, tokens, method="hidden")
-        return x[:, -1]
-
-    params = jax.eval_shape(lambda: mj.init_params(model))
-    compiled = hidden.lower(params, tokens).compile()
-    measured = compiled.memory_analysis().temp_size_in_bytes
-    planned = plan(config, batch_size, forward_tokens=shape[1]).activation_bytes
-    assert measured <= planned <= 1.25 * measured
-
-
-def test_the_plan_of_a_gpu_is_in_bfloat16():
+def test_dtypes_are_those_of_the_device():
     config = mj.Configs.large()
-    assert plan(config).weights_bytes == 2 * plan(config, platform="gpu").weights_bytes
+    here, there = (mj.plan_memory(config, device=name) for name in ("cpu", "h200"))
+    assert there.config.dtype == there.config.cache_dtype == "bfloat16"
+    assert here.weights_bytes == 2 * there.weights_bytes
+    assert here.cache_bytes == 2 * there.cache_bytes
+    assert "runtime" in here.bytes_by_class
+    assert "runtime" not in there.bytes_by_class
 
 
-# Temporary MB of a prefill chunk with 1024 slots, as XLA compiled it for an H200
-# (JAX 0.12.0.1, attention="xla"): `python -m benchmarks.ahead --target=h200`.
-ON_A_GPU = {("medium", 1): 27.4, ("medium", 8): 496.1, ("xlarge", 8): 1815}
+def test_training_keeps_float32_weights_and_adds_the_optimiser():
+    plan = mj.plan_memory(mj.Configs.medium(), 2, device="h200", training=True)
+    assert plan.config.dtype == "bfloat16"
+    assert plan.config.param_dtype == "float32"
+    assert plan.context == plan.config.max_seq_len
+    assert plan.cache_bytes == 0
+    assert plan.bytes_by_class["optimizer"] == 2 * plan.weights_bytes
+    assert plan.bytes_by_class["gradients"] == plan.weights_bytes
+    narrow = mj.Configs.medium().replace(param_dtype="bfloat16")
+    plan = mj.plan_memory(narrow, device="h200", training=True)
+    assert plan.config.param_dtype == "bfloat16"
 
 
-@pytest.mark.parametrize(("name", "batch_size"), ON_A_GPU)
-def test_the_plan_of_a_gpu_holds_what_was_compiled_for_one(name, batch_size):
-    measured = ON_A_GPU[name, batch_size] * 1e6
-    planned = plan(mj.Configs.by_name(name), batch_size, platform="gpu")
-    assert measured <= planned.activation_bytes
-    total = planned.weights_bytes + planned.cache_bytes + measured
-    assert planned.activation_bytes - measured <= 0.1 * total
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("device", NAMES)
+@pytest.mark.parametrize("name", mj.Configs.names)
+def test_the_largest_that_fits_fits_and_one_more_does_not(name, device, training):
+    config = mj.Configs.by_name(name)
+
+    def fits(batch_size=1, context=None):
+        plan = mj.plan_memory(config, batch_size, context, device, training=training)
+        return plan.fits
+
+    plan = mj.plan_memory(config, device=device, training=training)
+    assert plan.fits == (plan.max_batch_size >= 1) == (plan.max_context >= plan.context)
+    rows, tokens = plan.max_batch_size, plan.max_context
+    assert not rows or fits(batch_size=rows)
+    assert not fits(batch_size=rows + 1)
+    assert not tokens or fits(context=tokens)
+    assert not fits(context=tokens + 1)
 
 
-def test_what_is_converted_to_another_dtype_is_counted():
+def test_a_context_beyond_the_config_is_planned_as_if_that_were_raised():
     config = mj.Configs.small()
-    assert plan(config).conversion_bytes == 0
-    stored = config.replace(param_dtype="bfloat16", dtype="float32")
-    assert plan(stored).conversion_bytes == 2 * plan(stored).weights_bytes
+    plan = mj.plan_memory(config, context=65536, device="h200")
+    assert plan.config.max_kv_cache_len == 65536
+    assert plan.config.max_seq_len == config.max_seq_len
+    raised = config.replace(max_kv_cache_len=65536)
+    assert plan == mj.plan_memory(raised, device="h200")
+    longer = mj.plan_memory(config, context=8192, device="h200", training=True)
+    assert longer.config.max_seq_len == 8192
 
 
-def test_the_cache_of_the_largest_layer_is_what_is_converted_at_once():
-    """Of four layers, that one has nearly all the slots."""
-    config = mj.Configs.small().replace(
-        num_layers=4, prefill_chunk=16, dtype="float32", cache_dtype="bfloat16", **MIXED
-    )
-    largest = 2 * 4 * 2048 * config.num_kv_heads * config.head_dim
-    planned = plan(config, capacity=2048, platform="gpu")
-    assert planned.conversion_bytes >= largest
+@pytest.mark.parametrize("device", NAMES)
+def test_automatic_numbers_are_the_largest_that_fit(device):
+    config = mj.Configs.large()
+    plan = mj.plan_memory(config, device=device)
+    many = mj.plan_memory(config, "auto", device=device)
+    assert many.batch_size == plan.max_batch_size
+    some = mj.plan_memory(config, "auto:3", device=device)
+    assert some.batch_size == min(3, plan.max_batch_size)
+    long = mj.plan_memory(config, 1, "auto", device)
+    assert long.context == plan.max_context
+    short = mj.plan_memory(config, 1, "auto:5000", device)
+    assert short.context == min(5000, plan.max_context)
+    both = mj.plan_memory(config, "auto", "auto:5000", device)
+    assert both.context == short.context
+    assert both.batch_size == both.max_batch_size
+    assert all(plan.fits for plan in (many, some, long, short, both))
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 8])
-def test_the_plan_holds_the_float32_copies_of_a_bfloat16_decode(batch_size):
-    """Before JAX 0.12 XLA on CPU keeps some of them; from then on none."""
-    config = mj.Configs.small().replace(num_layers=2, dtype="bfloat16")
-    model = mj.create_model(config)
-    params = jax.eval_shape(lambda: mj.init_params(model))
-    cache = jax.eval_shape(lambda: mj.init_cache(config, batch_size, 1024))
-    tokens = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
-    active = jax.ShapeDtypeStruct((batch_size,), jnp.bool_)
-    chunk = decode.decode_chunk.lower(model, params, cache, tokens, active, steps=8)
-    measured = chunk.compile().memory_analysis().temp_size_in_bytes
-    planned = plan(config, batch_size)
-    assert measured <= planned.conversion_bytes + planned.activation_bytes
-    before = jax.__version_info__ < (0, 12)
-    assert (planned.conversion_bytes > 0) == before
-    assert not before or measured >= 0.5 * planned.conversion_bytes
+def test_where_nothing_fits_automatic_numbers_are_one():
+    plan = mj.plan_memory(mj.Configs.xlarge(), "auto", "auto", sized(2))
+    assert (plan.batch_size, plan.context, plan.fits) == (1, 1, False)
+    assert (plan.max_batch_size, plan.max_context) == (0, 0)
 
 
-@settings(max_examples=200, deadline=None)
-@given(
-    batch_size=st.integers(1, 64),
-    capacity=st.integers(1, 4096),
-    layers=st.integers(1, 100),
-    more=st.sampled_from(["batch_size", "capacity", "layers"]),
+@settings(max_examples=100, deadline=None)
+@given(gigabytes=st.floats(0.5, 200), batch_size=st.integers(1, 64))
+def test_more_memory_never_fits_less(gigabytes, batch_size):
+    config = mj.Configs.medium()
+    less = mj.plan_memory(config, batch_size, device=sized(gigabytes))
+    more = mj.plan_memory(config, batch_size, device=sized(1.1 * gigabytes))
+    assert more.fits >= less.fits
+    assert more.max_batch_size >= less.max_batch_size
+    assert more.max_context >= less.max_context
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_exact_takes_the_compilers_figures(tiny_config, training):
+    config = tiny_config.replace(dtype="float32")
+    plan = mj.plan_memory(config, 2, training=training)
+    exact = mj.plan_memory(config, 2, training=training, exact=True)
+    calls = {"train"} if training else {"prefill", "decode"}
+    assert {name for name in exact.moments if "compiled" in exact.moments[name]} == calls
+    for name in calls:
+        classes = exact.moments[name]
+        assert classes["weights"] == plan.weights_bytes
+        assert classes["compiled"] > 0
+        assert sum(classes.values()) == pytest.approx(
+            sum(plan.moments[name].values()), abs=64 * 2**20
+        )
+
+
+def test_exact_is_for_the_platform_at_hand():
+    with pytest.raises(mj.ConfigError, match="exact=True: compiles for this machine's"):
+        mj.plan_memory(mj.Configs.small(), device="h200", exact=True)
+
+
+def test_this_machine_has_what_it_has_left(monkeypatch):
+    monkeypatch.setattr(machine, "available_bytes", lambda device: 3 * 10**9)
+    plan = mj.plan_memory(mj.Configs.small())
+    assert plan.limit_bytes == 3 * 10**9
+    assert plan.device.platform == jax.default_backend()
+
+
+def test_a_known_device_at_hand_has_its_own_rates(monkeypatch):
+    class Here:
+        platform, device_kind = "gpu", "NVIDIA L4"
+
+        def memory_stats(self):
+            return {"bytes_limit": 17 * 10**9, "bytes_in_use": 10**9}
+
+    monkeypatch.setattr(jax, "devices", lambda: [Here()])
+    found = memory.find_device("this")
+    assert found.limit_bytes == 16 * 10**9
+    assert found.bytes_per_second == devices.DEVICES["l4"].bytes_per_second
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"config": "small"}, "config: must be a ModelConfig"),
+        ({"batch_size": 0}, "batch_size=0: must be a number"),
+        ({"batch_size": 1.5}, "batch_size=1.5: must be a whole number"),
+        ({"batch_size": "all"}, "batch_size='all': must be a whole number, \"auto\""),
+        ({"batch_size": "auto:"}, "batch_size='auto:': must be"),
+        ({"batch_size": "auto:0"}, "batch_size=0: must be a number"),
+        ({"context": "auto:x"}, "context='auto:x': must be"),
+        ({"context": 2**30}, "context=1073741824: must be a number"),
+        ({"device": "h300"}, "did you mean h200"),
+        ({"device": 80e9}, "device=80000000000.0: must be a name or Device"),
+    ],
 )
-def test_more_never_needs_less_but_for_a_smaller_block_of_scores(
-    batch_size, capacity, layers, more
-):
-    def total(batch_size, capacity, layers):
-        config = tiny_config(num_layers=layers, max_kv_cache_len=8192)
-        return plan(config, batch_size, capacity).total_bytes
+def test_what_cannot_be_planned_is_a_config_error(arguments, words):
+    given = {"config": mj.Configs.small(), "device": "h200"} | arguments
+    with pytest.raises(mj.ConfigError) as error:
+        mj.plan_memory(**given)
+    assert words in str(error.value)
 
-    sizes = {"batch_size": batch_size, "capacity": capacity, "layers": layers}
-    block = 3 * attention.SCORE_BYTES / 2 * memory.MARGIN
-    assert total(**(sizes | {more: sizes[more] + 1})) >= total(**sizes) - block
+
+def test_a_refusal_names_the_classes_and_the_limit():
+    plan = mj.plan_memory(mj.Configs.xlarge(), device="t4")
+    assert not plan.fits
+    text = plan.refusal()
+    for words in ("weights 13.5 GB", "cache 8.6 GB", "12.0 GB are available", "Tesla"):
+        assert words in text
+
+
+def test_a_plan_is_a_value():
+    plan = mj.plan_memory(mj.Configs.small(), device="t4")
+    assert plan == mj.plan_memory(mj.Configs.small(), device="t4")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        plan.device = devices.DEVICES["h200"]

@@ -1,0 +1,166 @@
+"""Bytes that one call of the model holds beside weights, cache and arguments.
+
+The formulas follow what XLA was seen to keep, and are compared with it in the tests:
+the widest moment of a layer, and what all layers keep.
+"""
+
+from typing import NamedTuple
+
+from minillm_jax.config import ModelConfig
+from minillm_jax.model import attention
+from minillm_jax.planning import costs
+from minillm_jax.training import loss
+
+SAMPLING_COPIES = 9  # of the logits: a step that samples, and what requests count
+SCALARS_BYTES = 2**20  # tokens, metrics and the like, at most
+
+
+class Call(NamedTuple):
+    """One call of the model, of several tokens a row or of one."""
+
+    config: ModelConfig  # nothing "auto"
+    platform: str
+    rows: int
+    tokens: int  # new ones of each row
+    keys: int  # that each of them meets, masked or not
+    cached: bool
+
+    def activation_bytes(self) -> int:
+        """Bytes alive at once, logits included, when no gradient is taken."""
+        logits = SAMPLING_COPIES * 4 * self.config.vocab_size
+        rows = self.rows * (self._stream + logits)
+        return rows + self.widest_moment() + self._kept_bytes()
+
+    def widest_moment(self) -> int:
+        """Bytes of a layer at its widest, beside the residual stream.
+
+        That is one of three: qkv and what RoPE makes of it; queries, scores and what
+        softmax makes of them; gate and up and their product. Narrow products are sums
+        in float32 before they are rounded.
+        """
+        config, tokens, sums = self.config, self.tokens, 4
+        size, inner = costs.itemsize(config.dtype), self.inner
+        qkv = inner + 2 * config.num_kv_heads * config.head_dim
+        rounded = 0 if size == 4 else config.dim_model * size
+        projecting = tokens * (qkv * (sums + size) + rounded)
+        attending = tokens * inner * size
+        mixing = tokens * (config.dim_ff * (2 * sums + size) + rounded)
+        copies = 2 if size == 4 else 3  # scores, their exponentials, these rounded
+        scores = copies * self.score_bytes()
+        return max(
+            *(self.rows * projecting, self.rows * mixing),
+            self.rows * attending + scores,
+        )
+
+    @property
+    def inner(self) -> int:
+        """Features of all query heads."""
+        return self.config.num_heads * self.config.head_dim
+
+    @property
+    def _stream(self) -> int:
+        return self.tokens * self.config.dim_model * costs.itemsize(self.config.dtype)
+
+    def score_bytes(self) -> int:
+        """float32 scores of the queries and keys that meet at once, of all rows.
+
+        Blocks of queries are powers of two that fit SCORE_BYTES; this is the bound, so
+        that more rows or keys never need less.
+        """
+        heads = 4 * self.rows * self.config.num_heads
+        row = heads * self._block_keys()  # of one query
+        least = row * min(self.tokens, attention.MIN_QUERY_BLOCK)
+        most = row * min(self.tokens, attention.MAX_QUERY_BLOCK)
+        block = max(least, min(most, attention.SCORE_BYTES))
+        return max(block, heads * self.keys)  # and the mask of what a query may see
+
+    def in_blocks(self) -> bool:
+        """Whether `attention.attend` takes the queries block by block."""
+        shape = (self.rows, self.config.num_heads, self.tokens, self.config.head_dim)
+        return attention.query_block(shape, self._block_keys()) < self.tokens
+
+    def _block_keys(self) -> int:
+        gpu = self.platform == "gpu"
+        return self.keys if gpu else min(self.keys, attention.KEY_BLOCK)
+
+    def _kept_bytes(self) -> int:
+        """What XLA keeps of every layer's attention that goes in blocks of queries.
+
+        The outputs, unless they replace the queries as they do behind a cache; on a GPU
+        both of them then, as compiled for an H200 at most.
+        """
+        in_place = self.cached and self.platform != "gpu"
+        if in_place or not self.in_blocks():
+            return 0
+        output = (
+            self.rows * self.tokens * self.inner * costs.itemsize(self.config.dtype)
+        )
+        return (2 if self.cached else 1) * self.config.num_layers * output
+
+
+def training_bytes(call: Call) -> int:
+    """Bytes that a training step holds beside parameters, moments and gradients.
+
+    What every layer keeps for its gradients, a layer's backward pass, and a chunk of
+    logits; while the optimiser runs, the updates instead. Bytes for each feature were
+    fitted to what XLA on CPU keeps (JAX 0.12), and are rounded up.
+    """
+    config, tokens = call.config, call.rows * call.tokens
+    layer = tokens * _stored_features(call) + _stored_scores(call)
+    size = costs.itemsize(config.dtype)
+    if config.remat:  # its input, and three of four arrays of the loops over blocks
+        heads = 2 * _heads(config) if call.in_blocks() else 0
+        kept = config.num_layers * tokens * size * (config.dim_model + heads)
+        backward = 1.45 if size == 4 else 1.7
+    else:
+        kept, backward = config.num_layers * layer, 0.55
+    widest = int(backward * layer) + (4 * call.score_bytes() if call.in_blocks() else 0)
+    running = kept + max(widest, 4 * _logits_bytes(call))
+    return max(costs.weight_bytes(config), running) + SCALARS_BYTES
+
+
+def _heads(config: ModelConfig) -> int:
+    """Features of all query heads, and of keys or values."""
+    return (config.num_heads + config.num_kv_heads) * config.head_dim
+
+
+def _stored_features(call: Call) -> int:
+    """Bytes that a layer stores of each token, without remat.
+
+    float32: a norm's input, square, normed and scaled values, and the residual stream
+    twice. In the compute dtype with float32 sums: heads and gated features.
+    """
+    config = call.config
+    narrow = costs.itemsize(config.dtype) < 4
+    norms = 4 if config.post_norms else 2
+    stored = (4 * norms + 2) * 4 * config.dim_model
+    keys = config.num_kv_heads * config.head_dim
+    stored += (9 if narrow else 12) * call.inner + (9 if narrow else 16) * keys
+    gate = 13 if config.activation == "silu" else 19
+    stored += (gate if narrow else 21) * config.dim_ff
+    if config.qk_norm:
+        stored += 16 * _heads(config)
+    return stored
+
+
+def _stored_scores(call: Call) -> int:
+    """Bytes of scores that a layer stores, where its queries are a single block.
+
+    In several blocks it stores none. This is the bound of both, so that more rows or
+    tokens never need less.
+    """
+    heads = call.rows * call.config.num_heads
+
+    def scores(queries: int) -> int:
+        length = min(call.tokens, queries)
+        return heads * length * min(length, attention.KEY_BLOCK)
+
+    most = max(attention.SCORE_BYTES // 4, scores(attention.MIN_QUERY_BLOCK))
+    width = 9 if costs.itemsize(call.config.dtype) == 4 else 12
+    return width * min(scores(attention.MAX_QUERY_BLOCK), most)
+
+
+def _logits_bytes(call: Call) -> int:
+    """float32 logits of a chunk of the loss, at most."""
+    token = 4 * call.rows * call.config.vocab_size
+    return max(token, min(token * call.tokens, loss.LOGITS_BYTES))

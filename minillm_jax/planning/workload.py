@@ -1,0 +1,133 @@
+"""What is to run, and the bytes that are alive at each moment of it."""
+
+import dataclasses
+import functools
+
+import jax
+
+from minillm_jax.config import ModelConfig
+from minillm_jax.decoding import generator
+from minillm_jax.decoding.executables import smallest_holding
+from minillm_jax.model import cache as kv
+from minillm_jax.planning import costs
+from minillm_jax.planning.activations import Call, training_bytes
+
+Moments = dict[str, dict[str, int]]  # moment -> class -> bytes alive then
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Workload:
+    """Rows of some tokens, generated with a cache or trained on."""
+
+    config: ModelConfig  # nothing "auto"
+    batch_size: int  # rows
+    context: int  # tokens that a row of the cache holds, or of a training sequence
+    # Tokens that the cache is allocated for; None = as a Generator would.
+    capacity: int | None = None
+    policy: kv.CachePolicy = kv.CachePolicy()
+    forward_tokens: int = 0  # of the longest forward without cache
+    training: bool = False
+
+    def with_context(self, context: int) -> "Workload":
+        """The same of another context; the config grows where it must."""
+        name = "max_seq_len" if self.training else "max_kv_cache_len"
+        config = self.config
+        if context > getattr(config, name):
+            longest = max(config.max_kv_cache_len, context)
+            config = config.replace(**{"max_kv_cache_len": longest, name: context})
+        return dataclasses.replace(self, config=config, context=context)
+
+    @property
+    def allocated(self) -> int:
+        """Tokens that a row of the cache has room for."""
+        if self.capacity is not None:
+            return self.capacity
+        sizes = generator.capacities(self.config, self.policy)
+        return smallest_holding(sizes, self.context)
+
+    @functools.cached_property
+    def slots(self) -> list[int]:
+        """Slots of each layer; none in training."""
+        if self.training:
+            return []
+        return kv.num_slots(self.config, self.allocated, self.policy)
+
+    @property
+    def weights_bytes(self) -> int:
+        """Of the parameters as stored."""
+        return costs.weight_bytes(self.config)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of the cache as allocated."""
+        return self._slot_bytes(self.slots)
+
+    @property
+    def cache_used_bytes(self) -> int:
+        """Of the cache, what the context fills."""
+        return self._slot_bytes([min(self.context, count) for count in self.slots])
+
+    def _slot_bytes(self, slots: list[int]) -> int:
+        return costs.cache_bytes(self.config, self.batch_size, slots)
+
+    def moments(self, platform: str) -> Moments:
+        """Bytes alive at each moment of the run on JAX's platform of that name.
+
+        "init" is the last matrix of random weights being made; "growth" the last leaf
+        of the cache being copied to a larger one.
+        """
+        weights = {"weights": self.weights_bytes}
+        moments = {"init": weights | {"random weights": _making(self.config)}}
+        if self.training:
+            moments["train"] = weights | self._training(platform)
+            return moments
+        largest = max(self.slots)
+        call = functools.partial(Call, self.config, platform, self.batch_size)
+        chunk = min(self.config.prefill_chunk, self.allocated)
+        held = weights | {"cache": self.cache_bytes}
+        copies = {"converted copies": self._conversions(platform)}
+        for name, tokens in (("prefill", chunk), ("decode", 1)):
+            size = call(tokens, largest, cached=True).activation_bytes()
+            moments[name] = held | copies | {"activations": size}
+        # A layer's keys or values.
+        moments["growth"] = held | {"growth": self._slot_bytes([largest]) // 2}
+        if length := self.forward_tokens:
+            size = call(length, length, cached=False).activation_bytes()
+            moments["forward"] = weights | copies | {"activations": size}
+        return moments
+
+    def _training(self, platform: str) -> dict[str, int]:
+        """AdamW holds two moments of each parameter; gradients are as parameters."""
+        config, length = self.config, self.context
+        call = Call(config, platform, self.batch_size, length, length, cached=False)
+        return {
+            "optimizer": 2 * self.weights_bytes,
+            "gradients": self.weights_bytes,
+            "activations": training_bytes(call),
+        }
+
+    def _conversions(self, platform: str) -> int:
+        """Copies in another dtype that XLA keeps beside the stored arrays.
+
+        Weights stored in another dtype than they are computed in are converted before a
+        token loop, all of them. Before JAX 0.12, XLA on CPU also looks tokens up and
+        writes to the cache in float32: it converts the embedding, tied to the head
+        twice, and the cache, of several rows all layers at once.
+        """
+        config, largest = self.config, self._slot_bytes([max(self.slots)])
+        size, copies = costs.itemsize(config.dtype), 0
+        if platform == "cpu" and size < 4 and jax.__version_info__ < (0, 12):
+            width = 6 if config.tie_embeddings else 4
+            copies += width * config.vocab_size * config.dim_model
+            if costs.itemsize(config.cache_dtype) == 2:
+                copies += 2 * (self.cache_bytes if self.batch_size > 1 else largest)
+        if config.param_dtype != config.dtype:
+            copies += costs.parameters(config) * size
+        if config.cache_dtype != config.dtype:  # a layer's at a time
+            copies += largest * size // costs.itemsize(config.cache_dtype)
+        return copies
+
+
+def _making(config: ModelConfig) -> int:
+    """The largest matrix, in float32, three times: random bits, normals, the result."""
+    return 3 * 4 * config.dim_model * max(2 * config.dim_ff, config.vocab_size)
