@@ -10,7 +10,6 @@ Prints tables, then one JSON object as the last line.
 
 import contextlib
 import dataclasses
-import importlib.util
 import json
 import pathlib
 import tempfile
@@ -85,9 +84,7 @@ def _check_machine(
     if device.platform != "cpu":
         raise app.UserError("compares on the CPU: set JAX_PLATFORMS=cpu before it")
     report.check_writable(settings.json_path, "compare.json_path")
-    report.check_writable(settings.plot_path, "compare.plot_path")
-    if settings.plot_path is not None and not importlib.util.find_spec("matplotlib"):
-        raise app.UserError("config.compare.plot_path: needs pip install matplotlib")
+    report.check_plot(settings.plot_path, "compare.plot_path")
     running = [name for name in names if not peers.missing(name)]
     held = sum(_held_bytes(name, model.config, cases) for name in running)
     available = machine.available_bytes(device)

@@ -27,8 +27,9 @@ def benchmark(config: Any) -> dict[str, Any]:
       UserError: if it does not fit this machine.
     """
     model = transformer.create_model(config_files.model_config(config))
-    settings = config_files.decode_settings(config)
+    settings = fit.numbers(model.config, config_files.decode_settings(config))
     report.check_writable(settings.json_path)
+    report.check_plot(settings.plot_path, "decode.plot_path")
     shapes = decode_runs.shapes(model.config, settings)
     fit.check(model.config, settings)
 
@@ -74,6 +75,10 @@ def main(config: Any) -> None:
     """Measures, then prints."""
     result = benchmark(config)
     report.show_decode(result)
+    if path := result["config"]["decode"]["plot_path"]:
+        from benchmarks import decode_plot  # matplotlib is an extra
+
+        decode_plot.draw(result, path)
     report.write_json(result, result["config"]["decode"]["json_path"])
 
 

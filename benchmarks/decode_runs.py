@@ -21,7 +21,7 @@ from minillm_jax.config import ConfigError, ModelConfig
 from minillm_jax.decoding import decode
 from minillm_jax.model import cache as kv
 from minillm_jax.model.transformer import MiniLLM
-from minillm_jax.planning import costs
+from minillm_jax.planning import compiled, costs
 
 PREFILL_SECONDS = 10.0  # repeated for no longer than this
 NO_CACHE_TOKENS, NO_CACHE_SECONDS = 3, 20.0
@@ -59,7 +59,9 @@ def shapes(config: ModelConfig, settings: DecodeSettings) -> list[Shape]:
                 f"{kv.capacity_bucket(config, context)}, or leave it unset"
             )
         prompt = context - settings.new_tokens
-        found.append(Shape(settings.batch_size, prompt, settings.new_tokens, capacity))
+        found.append(
+            Shape(int(settings.batch_size), prompt, settings.new_tokens, capacity)
+        )
     return found
 
 
@@ -84,15 +86,18 @@ def run(
     with measure.compile_seconds() as compiling:
         prefilled, cache, tokens = _prefill(model, params, cache, prompt, repeats)
         progress("decode")
+        chunk = _compiled_chunk(model, params, cache, shape)
+        chunk_bytes = compiled.call_bytes(chunk)
         steps, bounds = _decode(
-            model, params, cache, tokens, shape=shape, repeats=repeats, probe=bandwidth
+            chunk, params, cache, tokens, shape=shape, repeats=repeats, probe=bandwidth
         )
-        compiled = compiling()
+        compile_seconds = compiling()
     del cache
-    no_cache = None
+    no_cache = no_cache_bytes = None
     if compare_no_cache and shape.context <= config.max_seq_len:
         progress("no cache")
-        no_cache = _no_cache(model, params, np.resize(prompt, (rows, shape.context)))
+        prompt = np.resize(prompt, (rows, shape.context))
+        no_cache, no_cache_bytes = _no_cache(model, params, prompt)
 
     held = shape.prompt_tokens + shape.new_tokens // 2  # mean over the steps
     bytes_per_step = costs.decode_step_bytes(config, rows, held)
@@ -110,7 +115,7 @@ def run(
         "cache_bytes_used": costs.cache_bytes(
             config, rows, [min(shape.context, count) for count in slots]
         ),
-        "compile_seconds": compiled,
+        "compile_seconds": compile_seconds,
         "ttft_seconds": ttft,
         "prefill_tokens_per_second": rows * shape.prompt_tokens / ttft,
         "decode_tokens_per_second": speed,
@@ -119,6 +124,8 @@ def run(
         "gb_per_s": statistics.median(achieved) / 1e9,
         "bandwidth_gb_per_s": statistics.median(bounds) / 1e9,
         "mbu": statistics.median(a / b for a, b in zip(achieved, bounds, strict=True)),
+        "step_memory_bytes": chunk_bytes,
+        "no_cache_memory_bytes": no_cache_bytes,
         "no_cache_tokens_per_second": no_cache,
         "speedup": speed["median"] / no_cache if no_cache else None,
     }
@@ -151,34 +158,44 @@ def rewound(cache: kv.Cache, length: int) -> dict[str, Any]:
     return dict(cache) | {"lengths": lengths}
 
 
-def _decode(model, params, cache, tokens, *, shape: Shape, repeats: int, probe):
-    """Seconds per step, and the probe beside it in bytes/s, per repeat.
+def _compiled_chunk(model: MiniLLM, params: Any, cache: Any, shape: Shape) -> Any:
+    """The steps behind the prefill, which gave the first of the new tokens."""
+    rows = jax.ShapeDtypeStruct((shape.batch_size,), np.int32)
+    active = jax.ShapeDtypeStruct((shape.batch_size,), np.bool_)
+    return decode.decode_chunk.lower(
+        *(model, params, cache, rows, active), steps=shape.new_tokens - 1
+    ).compile()
 
-    The prefill gave the first of the new tokens, so one step fewer gives the rest.
-    """
+
+def _decode(chunk, params, cache, tokens, *, shape: Shape, repeats: int, probe):
+    """Seconds per step, and the probe beside it in bytes/s, per repeat."""
     steps, active = shape.new_tokens - 1, np.ones(shape.batch_size, bool)
     seconds, bounds = [], []
     for repeat in range(repeats + 1):
         bound = probe.probe()
         start = time.perf_counter()
-        out = decode.decode_chunk(model, params, cache, tokens, active, steps=steps)
+        out = chunk(params, cache, tokens, active)
         jax.block_until_ready(out.sampled)
         took = time.perf_counter() - start
         cache = rewound(out.cache, shape.prompt_tokens)
-        if repeat > 0:  # the first one compiles and warms up
+        if repeat > 0:  # the first one warms up
             seconds.append(took / steps)
             bounds.append(bound)
     return seconds, bounds
 
 
-def _no_cache(model, params, tokens: np.ndarray) -> float:
-    """Tokens per second, all rows, when every token is a forward over the context."""
+def _no_cache(model, params, tokens: np.ndarray) -> tuple[float, int]:
+    """Tokens per second, all rows, when every token is a forward over the context.
+
+    And the bytes that such a forward takes.
+    """
     forward = jax.jit(_last_logits, static_argnames=("model",))
-    compiled = forward.lower(model, params, tokens).compile()
+    call = forward.lower(model, params, tokens).compile()
     seconds = []
     while len(seconds) < NO_CACHE_TOKENS and sum(seconds) < NO_CACHE_SECONDS:
-        seconds.append(measure.elapsed(compiled, params, tokens))
-    return tokens.shape[0] / statistics.median(seconds)
+        seconds.append(measure.elapsed(call, params, tokens))
+    rate = tokens.shape[0] / statistics.median(seconds)
+    return rate, compiled.call_bytes(call)
 
 
 def _last_logits(model, params, tokens):

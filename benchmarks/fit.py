@@ -9,9 +9,9 @@ from typing import Any
 
 from benchmarks import decode_runs, measure
 from minillm_jax.cli.app import UserError
-from minillm_jax.cli.config_files import DecodeSettings
-from minillm_jax.config import ConfigError, Configs, ModelConfig
-from minillm_jax.planning import machine, memory
+from minillm_jax.cli.config_files import MOST_ROWS, DecodeSettings
+from minillm_jax.config import MAX_POSITIONS, ConfigError, Configs, ModelConfig
+from minillm_jax.planning import automatic, machine, memory
 from minillm_jax.planning.devices import Device
 from minillm_jax.planning.memory import MemoryPlan
 from minillm_jax.planning.workload import Workload
@@ -24,6 +24,41 @@ SHORT = {
     "prompt_tokens": 96,
     "capacity": 128,
 }
+
+
+def numbers(config: ModelConfig, settings: DecodeSettings) -> DecodeSettings:
+    """The settings with the largest that fits in place of what is automatic.
+
+    Contexts are chosen first, for one row where the batch size is automatic too.
+    """
+    device = device_left()
+
+    def fits(**changes: Any) -> bool:
+        changed = dataclasses.replace(settings, **changes)
+        return plan_for(config, changed, device).fits
+
+    def context(asked: int | automatic.Auto, rows: int) -> int:
+        if not isinstance(asked, automatic.Auto):
+            return asked
+        least = settings.new_tokens + 1
+        most = automatic.largest(
+            lambda n: fits(contexts=(max(n, least),), batch_size=rows),
+            config.max_kv_cache_len,
+        )
+        return asked.choose(most, least=least)
+
+    rows = automatic.parse("config.decode.batch_size", settings.batch_size, MOST_ROWS)
+    some = 1 if isinstance(rows, automatic.Auto) else rows
+    asked = [
+        automatic.parse("config.decode.contexts", given, MAX_POSITIONS)
+        for given in settings.contexts
+    ]
+    contexts = tuple(context(one, some) for one in asked)
+    settings = dataclasses.replace(settings, contexts=contexts)
+    if isinstance(rows, automatic.Auto):
+        most = automatic.largest(lambda n: fits(batch_size=n), MOST_ROWS)
+        rows = rows.choose(most)
+    return dataclasses.replace(settings, batch_size=rows)
 
 
 def check(config: ModelConfig, settings: DecodeSettings) -> MemoryPlan:
@@ -56,7 +91,7 @@ def plan_for(
     full = [s.context for s in shapes if s.context <= config.max_seq_len]
     work = Workload(
         config=config.resolve(device.platform),
-        batch_size=settings.batch_size,
+        batch_size=int(settings.batch_size),
         context=max(shape.context for shape in shapes),
         capacity=max(shape.capacity for shape in shapes),
         forward_tokens=max(full, default=0) if settings.compare_no_cache else 0,

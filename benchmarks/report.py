@@ -1,6 +1,7 @@
 """What a benchmark shows: a table for people, then one JSON line for machines."""
 
 import datetime
+import importlib.util
 import json
 import os
 import pathlib
@@ -46,9 +47,10 @@ _DECODE_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "prefill\ntok/s": lambda row: rate(row["prefill_tokens_per_second"]),
     "decode\ntok/s": lambda row: rate(row["decode_tokens_per_second"]["median"]),
     "\n(min-max)": lambda row: least_and_most(row["decode_tokens_per_second"]),
-    "\nGB/s": lambda row: f"{row['gb_per_s']:.1f}",
     "\nMBU": lambda row: f"{row['mbu']:.2f}",
+    "memory\nGB": lambda row: _gigabytes(row["step_memory_bytes"]),
     "no cache\ntok/s": lambda row: or_dash(row["no_cache_tokens_per_second"], rate),
+    "\nGB ": lambda row: or_dash(row["no_cache_memory_bytes"], _gigabytes),
     "\nspeed-up": lambda row: or_dash(row["speedup"], lambda x: f"{x:.1f}x"),
 }
 
@@ -71,8 +73,9 @@ def show_decode(result: dict[str, Any]) -> None:
         shown.add_row(*(cell(row) for cell in _DECODE_COLUMNS.values()))
     out.print(shown)
     out.print(
-        "\ntok/s: all rows together. GB/s: the bytes a step must read over its time.\n"
-        "MBU: its share of the read bandwidth probed beside each repeat (median).\n"
+        "\ntok/s: all rows together. MBU: what a step must read over its time, as a\n"
+        "share of the read bandwidth probed beside each repeat (median).\n"
+        "memory: what XLA says the decode chunk takes, weights and cache included.\n"
         "no cache: one full forward over the context for each token.\n"
     )
 
@@ -100,6 +103,10 @@ def least_and_most(found: dict[str, float]) -> str:
     return f"({rate(found['min'])}-{rate(found['max'])})"
 
 
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.2f}"
+
+
 def _gb(size: int | None) -> str:
     return "unknown" if size is None else f"{size / 1e9:.3g} GB"
 
@@ -119,3 +126,10 @@ def check_writable(path: str | None, field: str = "decode.json_path") -> None:
     folder = pathlib.Path(path).parent
     if not os.access(folder, os.W_OK) or pathlib.Path(path).is_dir():
         raise UserError(f"config.{field}={path}: cannot be written there")
+
+
+def check_plot(path: str | None, field: str) -> None:
+    """The same of a plot, which also needs matplotlib."""
+    check_writable(path, field)
+    if path is not None and not importlib.util.find_spec("matplotlib"):
+        raise UserError(f"config.{field}: needs pip install matplotlib")

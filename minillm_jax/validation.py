@@ -256,6 +256,16 @@ def _to_ints(value: Any) -> tuple[int, ...]:
     return tuple(_to_int(item) for item in items)
 
 
+def _to_number(value: Any) -> int | str:
+    """A whole number, or the words that stand for one."""
+    return value if isinstance(value, str) else _to_int(value)
+
+
+def _to_numbers(value: Any) -> tuple[int | str, ...]:
+    items = value if isinstance(value, (list, tuple)) else (value,)
+    return tuple(_to_number(item) for item in items)
+
+
 def _to_floats(value: Any) -> tuple[float, ...]:
     if isinstance(value, np.ndarray):
         value = value.tolist()
@@ -289,7 +299,9 @@ _CONVERTERS: dict[Any, Callable[[Any], Any]] = {
     float: _to_float,
     bool: _to_bool,
     str: _to_name,
+    int | str: _to_number,
     tuple[int, ...]: _to_ints,
+    tuple[int | str, ...]: _to_numbers,
     tuple[float, ...]: _to_floats,
     tuple[str, ...]: _to_strings,
     Mapping[int, float]: _to_weights,

@@ -38,6 +38,7 @@ FLOAT_FIELDS = (
     *("attention_softcap", "embedding_scale", "logits_softcap"),
 )
 BOOL_FIELDS = (
+    "remat",
     *("tie_embeddings", "qkv_bias", "qk_norm", "norm_unit_offset", "post_norms"),
 )
 DTYPE_FIELDS = ("dtype", "param_dtype", "cache_dtype")

@@ -13,20 +13,34 @@ from typing import Annotated, Any, TypeVar
 from ml_collections import config_dict
 
 from minillm_jax import validation
-from minillm_jax.config import ConfigError, Configs, ModelConfig, Tokens
+from minillm_jax.config import (
+    MAX_POSITIONS,
+    ConfigError,
+    Configs,
+    ModelConfig,
+    Tokens,
+)
+from minillm_jax.planning import automatic, memory
+from minillm_jax.planning.devices import Device
 
 _Section = TypeVar("_Section")
+MOST_ROWS = 100_000
 _TIMES = validation.Range(1, 100_000)
+# A field of the model that may be "auto"; it becomes a number in `model_config`.
+_LONGEST = "max_kv_cache_len"
 
 
 @validation.checked_fields()
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecodeSettings:
-    """`config.decode`: what `benchmarks.decode` measures."""
+    """`config.decode`: what `benchmarks.decode` measures.
 
-    batch_size: Annotated[int, _TIMES] = 1
+    "auto", or "auto:64" for at most 64, is the most that fits the device.
+    """
+
+    batch_size: Annotated[int | str, automatic.Number(MOST_ROWS)] = 1
     # Tokens a row holds when a measurement ends, one measurement each.
-    contexts: tuple[int, ...] = ()
+    contexts: tuple[int | str, ...] = ()
     # Generated tokens of each repeat; the prefill gives the first of them.
     new_tokens: Annotated[int, validation.Range(2, 2**20)] = 32
     # None = context - new_tokens; a number replaces `contexts` by one measurement.
@@ -36,12 +50,17 @@ class DecodeSettings:
     repeats: Annotated[int, _TIMES] = 5
     compare_no_cache: bool = True  # also decode by full forwards
     json_path: str | None = None  # also write the JSON object to this file
+    plot_path: str | None = None  # also draw rates and memory into this PNG file
 
     def measured_contexts(self) -> tuple[int, ...]:
-        """The contexts to measure, tokens; raises ConfigError if one is too short."""
+        """The contexts to measure, tokens; raises ConfigError if one is too short.
+
+        Nothing may be automatic any more.
+        """
         if self.prompt_tokens is not None:
             return (self.prompt_tokens + self.new_tokens,)
-        return _checked_contexts(self.contexts, self.new_tokens)
+        contexts = tuple(int(context) for context in self.contexts)
+        return _checked_contexts(contexts, self.new_tokens)
 
 
 @validation.checked_fields()
@@ -101,19 +120,26 @@ def model_section(given: dict[str, Any]) -> Any:
     return config_dict.ConfigDict(_section(ModelConfig, given))
 
 
-def model_config(config: Any) -> ModelConfig:
-    """The `model` section; raises ConfigError, with the section's name before it."""
-    return _frozen(ModelConfig, config, "model")
+def model_config(config: Any, device: str | Device = "this") -> ModelConfig:
+    """The `model` section; raises ConfigError, with the section's name before it.
+
+    A `max_kv_cache_len` of "auto" or "auto:65536" is the longest cache of which a row
+    fits the device.
+    """
+    values = _values(config, "model")
+    if isinstance(values.get(_LONGEST), str):
+        values = _with_longest_cache(values, memory.find_device(device))
+    return _frozen(ModelConfig, values, "model")
 
 
 def decode_settings(config: Any) -> DecodeSettings:
     """The `decode` section; raises ConfigError, with the section's name before it."""
-    return _frozen(DecodeSettings, config, "decode")
+    return _frozen(DecodeSettings, _values(config, "decode"), "decode")
 
 
 def compare_settings(config: Any) -> CompareSettings:
     """The `compare` section; raises ConfigError, with the section's name before it."""
-    return _frozen(CompareSettings, config, "compare")
+    return _frozen(CompareSettings, _values(config, "compare"), "compare")
 
 
 def _section(cls: type, given: dict[str, Any]) -> dict[str, Any]:
@@ -127,6 +153,8 @@ def _section(cls: type, given: dict[str, Any]) -> dict[str, Any]:
         if type(None) in typing.get_args(kind):
             kind = typing.get_args(kind)[0]
         default = given.get(field.name, field.default)
+        if kind == int | str or field.name == _LONGEST:  # else of one type for good
+            default = config_dict.FieldReference(default, field_type=object)
         if default is None or default is dataclasses.MISSING:
             plain = config_dict.ConfigDict if dataclasses.is_dataclass(kind) else kind
             default = config_dict.placeholder(plain)
@@ -134,11 +162,42 @@ def _section(cls: type, given: dict[str, Any]) -> dict[str, Any]:
     return section
 
 
-def _frozen(cls: type[_Section], config: Any, name: str) -> _Section:
+def _with_longest_cache(values: Mapping[str, Any], device: Device) -> dict[str, Any]:
+    """The `model` section with a number for its automatic cache."""
+
+    def at(longest: int) -> dict[str, Any]:
+        shorter = {
+            name: min(values[name], longest)
+            for name in ("max_seq_len", "prefill_chunk")
+            if isinstance(values.get(name), int)
+        }
+        return {**values, **shorter, _LONGEST: longest}
+
+    def planned(longest: int) -> memory.MemoryPlan:
+        return memory.plan_memory(
+            _frozen(ModelConfig, at(longest), "model"), device=device
+        )
+
+    name = f"config.model.{_LONGEST}"
+    asked = automatic.parse(name, values[_LONGEST], MAX_POSITIONS)
+    if isinstance(asked, int):  # as a string of a config file
+        return at(asked)
+    longest = automatic.largest(lambda n: planned(n).fits, asked.cap)
+    if longest == 0:
+        raise ConfigError(f"{name}={values[_LONGEST]}: {planned(1).refusal()}")
+    return at(longest)
+
+
+def _values(config: Any, name: str) -> Mapping[str, Any]:
+    """The fields of a section."""
     section: Any = config.get(name) if hasattr(config, "get") else None
     values = section.to_dict() if hasattr(section, "to_dict") else section
     if not isinstance(values, Mapping):
         raise ConfigError(f"the config has no section {name!r}; start from a preset")
+    return values
+
+
+def _frozen(cls: type[_Section], values: Mapping[str, Any], name: str) -> _Section:
     try:
         return cls(**values)
     except ConfigError as error:

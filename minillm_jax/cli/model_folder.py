@@ -34,8 +34,9 @@ def put_in(config: Any, path: str, overrides: Mapping[str, Any]) -> None:
         for name, value in overrides.items()
         if name.startswith(_SECTION)
     }
-    if "model.max_seq_len" not in overrides:  # what a shorter cache can hold
-        longest = fields["max_kv_cache_len"]
+    longest = fields["max_kv_cache_len"]
+    shorter = "model.max_seq_len" not in overrides and isinstance(longest, int)
+    if shorter:  # what a shorter cache can hold
         fields["max_seq_len"] = min(fields["max_seq_len"], longest)
         if "prefill_chunk" in fields and "model.prefill_chunk" not in overrides:
             fields["prefill_chunk"] = min(fields["prefill_chunk"], longest)
@@ -45,7 +46,10 @@ def put_in(config: Any, path: str, overrides: Mapping[str, Any]) -> None:
         for name in ("decode", "compare"):
             if f"{name}.contexts" not in overrides and name in config:
                 longest = config_files.model_config(config).max_kv_cache_len
-                contexts = [min(context, longest) for context in config[name].contexts]
+                contexts = [
+                    context if isinstance(context, str) else min(context, longest)
+                    for context in config[name].contexts
+                ]
                 config[name].contexts = tuple(dict.fromkeys(contexts))
 
 

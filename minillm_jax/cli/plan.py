@@ -18,7 +18,6 @@ from absl import flags
 
 from minillm_jax.cli import app, config_files, plan_plot, plan_report
 from minillm_jax.cli.app import UserError
-from minillm_jax.config import ModelConfig
 from minillm_jax.planning import memory
 from minillm_jax.planning.devices import FRACTIONS, Device
 
@@ -68,13 +67,14 @@ def _scaled(number: float | None, unit: float) -> int | None:
     return None if number is None else int(number * unit)
 
 
-def plan(config: ModelConfig) -> memory.MemoryPlan:
+def plan(config: Any) -> memory.MemoryPlan:
     """The plan that the flags ask for."""
+    target = device()
     return memory.plan_memory(
-        config,
+        config_files.model_config(config, target),
         _number(FLAGS.batch_size),
         None if FLAGS.context is None else _number(FLAGS.context),
-        device(),
+        target,
         training=FLAGS.train,
         exact=FLAGS.exact,
     )
@@ -95,7 +95,7 @@ def main(config: Any) -> None:
         return
     if config is None:
         raise UserError("--config is missing; or give --model=FOLDER, or --all")
-    found = plan(config_files.model_config(config))
+    found = plan(config)
     trained = config.get("model_path") is not None
     if FLAGS.plot is not None:
         plan_plot.draw(found, pathlib.Path(FLAGS.plot))

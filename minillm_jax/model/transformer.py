@@ -270,19 +270,21 @@ def init_params(model: MiniLLM, seed: int = 0) -> dict[str, Any]:
     """Random parameters, the inner `params` tree, in `param_dtype`.
 
     Each leaf is a jitted call of its initialiser (`layers.INITIALIZERS`), compiled once
-    per shape and not once per layer; its key is folded from its path.
+    per shape and not once per layer; its key is folded from its path. They are made one
+    by one and the largest first, while there is most room for what makes them.
     """
     key = jax.random.key(seed)
-    shapes = param_shapes(model)
-
-    def leaf(path, shape):
-        leaf_key = jax.random.fold_in(
-            key, zlib.crc32(jax.tree_util.keystr(path).encode())
+    found, tree = jax.tree_util.tree_flatten_with_path(param_shapes(model))
+    leaves: list[Any] = [None] * len(found)
+    for index in sorted(range(len(found)), key=lambda i: -found[i][1].size):
+        path, shape = found[index]
+        path_hash = zlib.crc32(jax.tree_util.keystr(path).encode())
+        leaf_key = jax.random.fold_in(key, path_hash)
+        made = _init_leaf(
+            leaf_key, path[-1].key, model.config, shape.shape, shape.dtype
         )
-        name = path[-1].key
-        return _init_leaf(leaf_key, name, model.config, shape.shape, shape.dtype)
-
-    params = jax.tree_util.tree_map_with_path(leaf, shapes)
+        leaves[index] = jax.block_until_ready(made)
+    params = jax.tree.unflatten(tree, leaves)
     embedding = params["embedding"]
     if not isinstance(embedding, jax.core.Tracer):
         _random_embeddings[id(embedding)] = embedding

@@ -4,6 +4,7 @@ The formulas follow what XLA was seen to keep, and are compared with it in the t
 the widest moment of a layer, and what all layers keep.
 """
 
+import math
 from typing import NamedTuple
 
 from minillm_jax.config import ModelConfig
@@ -105,18 +106,35 @@ def training_bytes(call: Call) -> int:
     logits; while the optimiser runs, the updates instead. Bytes for each feature were
     fitted to what XLA on CPU keeps (JAX 0.12), and are rounded up.
     """
+    running = _running_bytes(call)
+    if call.in_blocks():  # more rows or tokens never need less than a single block
+        scores = attention.SCORE_BYTES // (4 * call.rows * call.config.num_heads)
+        length = min(attention.MAX_QUERY_BLOCK, max(1, math.isqrt(scores)))
+        single = call._replace(tokens=length, keys=length)
+        running = max(running, _running_bytes(single, in_blocks=False))
+    return max(costs.weight_bytes(call.config), running) + SCALARS_BYTES
+
+
+def _running_bytes(call: Call, in_blocks: bool | None = None) -> int:
+    """Of the forward and backward pass; where queries go `in_blocks` if not as told."""
+    in_blocks = call.in_blocks() if in_blocks is None else in_blocks
     config, tokens = call.config, call.rows * call.tokens
-    layer = tokens * _stored_features(call) + _stored_scores(call)
+    layer = tokens * _stored_features(call)
     size = costs.itemsize(config.dtype)
+    blocks = 4 * call.score_bytes()  # otherwise stored
+    if not in_blocks:
+        heads = call.rows * config.num_heads
+        layer += (9 if size == 4 else 12) * heads * call.tokens * call.keys
+        blocks = 0
     if config.remat:  # its input, and three of four arrays of the loops over blocks
-        heads = 2 * _heads(config) if call.in_blocks() else 0
-        kept = config.num_layers * tokens * size * (config.dim_model + heads)
+        loops = 2 * _heads(config) if in_blocks else 0
+        kept = config.num_layers * tokens * size * (config.dim_model + loops)
         backward = 1.45 if size == 4 else 1.7
     else:
         kept, backward = config.num_layers * layer, 0.55
-    widest = int(backward * layer) + (4 * call.score_bytes() if call.in_blocks() else 0)
-    running = kept + max(widest, 4 * _logits_bytes(call))
-    return max(costs.weight_bytes(config), running) + SCALARS_BYTES
+    token = 4 * call.rows * config.vocab_size
+    logits = max(token, min(token * call.tokens, loss.LOGITS_BYTES))
+    return kept + max(int(backward * layer) + blocks, 4 * logits)
 
 
 def _heads(config: ModelConfig) -> int:
@@ -141,26 +159,3 @@ def _stored_features(call: Call) -> int:
     if config.qk_norm:
         stored += 16 * _heads(config)
     return stored
-
-
-def _stored_scores(call: Call) -> int:
-    """Bytes of scores that a layer stores, where its queries are a single block.
-
-    In several blocks it stores none. This is the bound of both, so that more rows or
-    tokens never need less.
-    """
-    heads = call.rows * call.config.num_heads
-
-    def scores(queries: int) -> int:
-        length = min(call.tokens, queries)
-        return heads * length * min(length, attention.KEY_BLOCK)
-
-    most = max(attention.SCORE_BYTES // 4, scores(attention.MIN_QUERY_BLOCK))
-    width = 9 if costs.itemsize(call.config.dtype) == 4 else 12
-    return width * min(scores(attention.MAX_QUERY_BLOCK), most)
-
-
-def _logits_bytes(call: Call) -> int:
-    """float32 logits of a chunk of the loss, at most."""
-    token = 4 * call.rows * call.config.vocab_size
-    return max(token, min(token * call.tokens, loss.LOGITS_BYTES))

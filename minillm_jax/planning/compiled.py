@@ -25,10 +25,11 @@ def total_bytes(work: Workload) -> dict[str, int]:
     """
     model = transformer.create_model(work.config)
     lowered = _training(model, work) if work.training else _decoding(model, work)
-    return {name: _total(call.compile()) for name, call in lowered.items()}
+    return {name: call_bytes(call.compile()) for name, call in lowered.items()}
 
 
-def _total(executable: Any) -> int:
+def call_bytes(executable: Any) -> int:
+    """Arguments, results and temporaries of a compiled function, as XLA reports."""
     found = executable.memory_analysis()
     results = found.output_size_in_bytes - found.alias_size_in_bytes
     return found.argument_size_in_bytes + results + found.temp_size_in_bytes

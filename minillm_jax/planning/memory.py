@@ -6,7 +6,6 @@ plan.fits, plan.total_bytes, plan.bytes_by_class, plan.max_context
 
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import jax
 
@@ -19,9 +18,11 @@ from minillm_jax.planning.automatic import Auto
 from minillm_jax.planning.devices import Device
 from minillm_jax.planning.workload import Moments, Workload
 
-RUNTIME_BYTES = 640 * 2**20  # Python, JAX and the compiler, resident on the host
-WORKSPACE = 0.03  # of what is alive: allocator rounding, small buffers
-LIBRARY_BYTES = 64 * 2**20  # on a GPU, workspaces of its matrix products
+# Python, JAX and the compiler, resident on the host; there is more of it in training.
+RUNTIME_BYTES, TRAINING_RUNTIME_BYTES = 480 * 2**20, 544 * 2**20
+# Share of what is alive that allocators round up, keep for later or cut into pieces.
+# The host's does so in every thread: measured in processes of a limited memory.
+WORKSPACE, HOST_WORKSPACE = 0.03, 0.12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,16 +36,22 @@ class MemoryPlan:
     @property
     def peak(self) -> str:
         """The moment when most is alive."""
-        return max(self.moments, key=lambda name: sum(self.moments[name].values()))
+        return max(self.moments, key=lambda name: sum(self._taken(name).values()))
 
     @property
     def bytes_by_class(self) -> dict[str, int]:
         """At the peak, with what is taken beside it: these add up to `total_bytes`."""
-        alive = dict(self.moments[self.peak])
-        library = LIBRARY_BYTES if self.device.platform == "gpu" else 0
-        alive["workspace"] = int(WORKSPACE * sum(alive.values())) + library
-        runtime = {"runtime": RUNTIME_BYTES} if self.device.platform == "cpu" else {}
-        return alive | runtime
+        return self._taken(self.peak)
+
+    def _taken(self, moment: str) -> dict[str, int]:
+        alive, platform = self.moments[moment], self.device.platform
+        share = HOST_WORKSPACE if platform == "cpu" else WORKSPACE
+        scratch = self.workload.scratch_bytes(moment, platform)
+        taken = {**alive, "workspace": int(share * sum(alive.values())) + scratch}
+        if platform == "cpu":
+            training = self.workload.training
+            taken["runtime"] = TRAINING_RUNTIME_BYTES if training else RUNTIME_BYTES
+        return taken
 
     @property
     def total_bytes(self) -> int:
@@ -99,7 +106,7 @@ class MemoryPlan:
             more = dataclasses.replace(self.workload, batch_size=rows)
             return plan(more, self.device).fits
 
-        return _largest(fits, kv.MAX_ROWS)
+        return automatic.largest(fits, kv.MAX_ROWS)
 
     @functools.cached_property
     def max_context(self) -> int:
@@ -114,7 +121,7 @@ class MemoryPlan:
             return plan(work.with_context(context), self.device).fits
 
         if work.training or fits(work.config.max_kv_cache_len):
-            return _largest(fits, MAX_POSITIONS)
+            return automatic.largest(fits, MAX_POSITIONS)
         sizes = generator.capacities(work.config, work.policy)
         return max((size for size in sizes if fits(size)), default=0)
 
@@ -219,18 +226,6 @@ def find_device(device: str | Device) -> Device:
     if device == "this":
         return machine.this_device()
     return machine.host() if device == "cpu" else devices.find(device)
-
-
-def _largest(fits: Callable[[int], bool], bound: int) -> int:
-    """The largest number up to `bound` that fits, where all smaller ones do too."""
-    low, high = 0, 1
-    while high <= bound and fits(high):
-        low, high = high, 2 * high
-    high = min(high, bound + 1)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
 
 
 def gigabytes(size: int) -> str:

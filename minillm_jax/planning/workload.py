@@ -12,6 +12,9 @@ from minillm_jax.model import cache as kv
 from minillm_jax.planning import costs
 from minillm_jax.planning.activations import Call, training_bytes
 
+GPU_LIBRARY_BYTES = 64 * 2**20
+CPU_LIBRARY_WIDTH = 12  # bytes for each token and gated feature, as measured
+
 Moments = dict[str, dict[str, int]]  # moment -> class -> bytes alive then
 
 
@@ -73,11 +76,12 @@ class Workload:
     def moments(self, platform: str) -> Moments:
         """Bytes alive at each moment of the run on JAX's platform of that name.
 
-        "init" is the last matrix of random weights being made; "growth" the last leaf
-        of the cache being copied to a larger one.
+        "init" is when random weights are made, and "growth" when the last leaf of the
+        cache is copied to a larger one.
         """
         weights = {"weights": self.weights_bytes}
-        moments = {"init": weights | {"random weights": _making(self.config)}}
+        making = max(0, _making(self.config) - self.weights_bytes)
+        moments = {"init": weights | {"random weights": making}}
         if self.training:
             moments["train"] = weights | self._training(platform)
             return moments
@@ -95,6 +99,21 @@ class Workload:
             size = call(length, length, cached=False).activation_bytes()
             moments["forward"] = weights | copies | {"activations": size}
         return moments
+
+    def scratch_bytes(self, moment: str, platform: str) -> int:
+        """What libraries take for themselves at a moment, of which XLA does not know.
+
+        On a GPU a constant. On CPU those that multiply narrow dtypes lay their operands
+        out anew.
+        """
+        if platform == "gpu":
+            return GPU_LIBRARY_BYTES
+        narrow = costs.itemsize(self.config.dtype) < 4
+        if platform != "cpu" or not narrow or moment not in ("prefill", "train"):
+            return 0
+        chunk = min(self.config.prefill_chunk, self.allocated)
+        tokens = self.context if self.training else chunk
+        return CPU_LIBRARY_WIDTH * self.batch_size * tokens * self.config.dim_ff
 
     def _training(self, platform: str) -> dict[str, int]:
         """AdamW holds two moments of each parameter; gradients are as parameters."""
@@ -129,5 +148,20 @@ class Workload:
 
 
 def _making(config: ModelConfig) -> int:
-    """The largest matrix, in float32, three times: random bits, normals, the result."""
-    return 3 * 4 * config.dim_model * max(2 * config.dim_ff, config.vocab_size)
+    """The most that is alive while random weights are made, the largest matrix first.
+
+    Those that are there, and one in float32 three times: random bits and normals, and a
+    result, where that is narrower.
+    """
+    heads = 2 * config.num_heads + 2 * config.num_kv_heads
+    layer = (2 * config.dim_ff, config.dim_ff, heads * config.head_dim)
+    sizes = [config.dim_model * width for width in layer] * config.num_layers
+    tables = 1 if config.tie_embeddings else 2
+    sizes += [config.dim_model * config.vocab_size] * tables
+    there = alive = 0
+    stored = costs.itemsize(config.param_dtype)
+    making = 3 * 4 + stored % 4
+    for size in sorted(sizes, reverse=True):
+        alive = max(alive, there + making * size)
+        there += stored * size
+    return alive

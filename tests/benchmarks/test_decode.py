@@ -179,3 +179,46 @@ def test_advice_can_be_pasted_whatever_the_settings_were(monkeypatch):
             "capacity": "128",
         }.items()
     )
+
+
+@pytest.mark.parametrize("gigabytes", [2, 6, 20])
+def test_automatic_numbers_are_the_largest_that_fit(monkeypatch, gigabytes):
+    limit = int(gigabytes * 1e9) + measure.PROBE_BYTES
+    monkeypatch.setattr(fit.machine, "available_bytes", lambda device: limit)
+    model = mj.create_model(mj.Configs.small()).config
+
+    def fits(**changes):
+        asked = {"contexts": (128,), "batch_size": 1} | changes
+        settings = config_files.DecodeSettings(**asked)
+        return fit.plan_for(model, settings, fit.device_left()).fits
+
+    settings = config_files.DecodeSettings(contexts=("auto",), batch_size=8)
+    (longest,) = fit.numbers(model, settings).contexts
+    assert fits(contexts=(longest,), batch_size=8)
+    full = longest == model.max_kv_cache_len
+    assert full or not fits(contexts=(longest + 1,), batch_size=8)
+    settings = config_files.DecodeSettings(contexts=(1024,), batch_size="auto")
+    most = fit.numbers(model, settings).batch_size
+    assert fits(contexts=(1024,), batch_size=most)
+    assert not fits(contexts=(1024,), batch_size=most + 1)
+    settings = config_files.DecodeSettings(
+        contexts=(64, "auto:500"), batch_size="auto:3"
+    )
+    both = fit.numbers(model, settings)
+    assert both.contexts == (64, 500)
+    assert both.batch_size == 3
+
+
+def test_numbers_that_are_given_stay(tiny_config):
+    settings = config_files.DecodeSettings(contexts=(40, 64), batch_size=2)
+    assert fit.numbers(tiny_config, settings) == settings
+
+
+def test_where_nothing_fits_the_least_is_refused(monkeypatch):
+    monkeypatch.setattr(fit.machine, "available_bytes", lambda device: 10**9)
+    model = mj.create_model(mj.Configs.large()).config
+    settings = config_files.DecodeSettings(contexts=("auto",), batch_size="auto")
+    settings = fit.numbers(model, settings)
+    assert (settings.contexts, settings.batch_size) == ((33,), 1)
+    with pytest.raises(app.UserError, match="does not fit"):
+        fit.check(model, settings)

@@ -11,6 +11,7 @@ from ml_collections import config_flags
 
 import minillm_jax as mj
 from minillm_jax.cli import config_files
+from minillm_jax.planning import devices
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -165,3 +166,62 @@ def test_a_config_file_may_return_plain_dictionaries():
 def test_a_section_that_is_no_mapping_is_a_config_error():
     with pytest.raises(mj.ConfigError, match="section 'model'"):
         config_files.model_config({"model": 3})
+
+
+def sized(gigabytes):
+    return devices.Device("some", "gpu", int(gigabytes * 1e9))
+
+
+@pytest.mark.parametrize("name", ["small", "xlarge"])
+def test_an_automatic_cache_is_the_longest_that_fits(name):
+    config = parse(
+        f"--config={ROOT}/configs/{name}.py", "--config.model.max_kv_cache_len=auto"
+    )
+    found = config_files.model_config(config, sized(20))
+    assert mj.plan_memory(found, device=sized(20)).fits
+    longer = found.replace(max_kv_cache_len=found.max_kv_cache_len + 1)
+    assert not mj.plan_memory(longer, device=sized(20)).fits
+    assert found.max_seq_len == min(
+        mj.Configs.by_name(name).max_seq_len, found.max_kv_cache_len
+    )
+
+
+def test_an_automatic_cache_keeps_its_cap_and_shortens_what_it_must():
+    asked = [f"--config={ROOT}/configs/small.py", "--config.model.prefill_chunk=300"]
+    config = parse(*asked, "--config.model.max_kv_cache_len=auto:200")
+    found = config_files.model_config(config, sized(20))
+    assert (found.max_kv_cache_len, found.max_seq_len) == (200, 200)
+    assert found.prefill_chunk == 200
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("auto", "max_kv_cache_len=auto: does not fit: weights"),
+        ("most", "max_kv_cache_len='most': must be a whole number, \"auto\""),
+        ("auto:0", "max_kv_cache_len=0: must be a number"),
+        ("1.5", "max_kv_cache_len=1.5: must be a whole number"),
+    ],
+)
+def test_an_automatic_cache_that_cannot_be_is_a_config_error(value, words):
+    config = parse(
+        f"--config={ROOT}/configs/xlarge.py", f"--config.model.max_kv_cache_len={value}"
+    )
+    with pytest.raises(mj.ConfigError) as error:
+        config_files.model_config(config, sized(10))
+    assert str(error.value).startswith(f"config.model.{words}")
+
+
+@pytest.mark.parametrize(
+    ("flag", "field", "value"),
+    [
+        ("batch_size=auto", "batch_size", "auto"),
+        ("batch_size=auto:16", "batch_size", "auto:16"),
+        ("batch_size=3", "batch_size", 3),
+        ("contexts=auto", "contexts", ("auto",)),
+        ("contexts=(128,'auto:4096')", "contexts", (128, "auto:4096")),
+    ],
+)
+def test_numbers_of_a_benchmark_may_be_automatic(flag, field, value):
+    config = parse(f"--config={ROOT}/configs/small.py", f"--config.decode.{flag}")
+    assert getattr(config_files.decode_settings(config), field) == value

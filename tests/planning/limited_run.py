@@ -31,8 +31,7 @@ def main() -> None:
         state = step.initial_state(params, optimizer)
         del params
         tokens = np.zeros((rows, context), np.int32)
-        for _ in range(2):
-            state, metrics = step.train_step(model, optimizer, state, tokens)
+        state, metrics = step.train_step(model, optimizer, state, tokens)
         metrics.loss.block_until_ready()
     else:
         policy = mj.CachePolicy(overflow=asked["overflow"])

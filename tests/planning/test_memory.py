@@ -122,7 +122,9 @@ def test_exact_takes_the_compilers_figures(tiny_config, training):
     plan = mj.plan_memory(config, 2, training=training)
     exact = mj.plan_memory(config, 2, training=training, exact=True)
     calls = {"train"} if training else {"prefill", "decode"}
-    assert {name for name in exact.moments if "compiled" in exact.moments[name]} == calls
+    assert {
+        name for name in exact.moments if "compiled" in exact.moments[name]
+    } == calls
     for name in calls:
         classes = exact.moments[name]
         assert classes["weights"] == plan.weights_bytes

@@ -1,0 +1,71 @@
+"""The chunked loss against the plain one, packed rows against separate documents."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import minillm_jax as mj
+from minillm_jax.testing import tiny_config
+from minillm_jax.training import loss
+
+
+@pytest.fixture(scope="module")
+def model():
+    return mj.create_model(tiny_config())
+
+
+@pytest.fixture(scope="module")
+def params(model):
+    return mj.init_params(model, seed=1)
+
+
+def tokens_of(model, *shape):
+    draw = np.random.default_rng(0)
+    return jnp.asarray(draw.integers(0, model.config.vocab_size, shape, np.int32))
+
+
+def plain_losses(model, params, tokens):
+    """-log p of each next token, from the logits of the whole sequence."""
+    logits = model.apply({"params": params}, tokens)
+    logprobs = jax.nn.log_softmax(logits[:, :-1], axis=-1)
+    return -jnp.take_along_axis(logprobs, tokens[:, 1:, None], axis=-1)[..., 0]
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 8, 64])
+@pytest.mark.parametrize("length", [1, 7, 16])
+def test_the_loss_in_chunks_is_the_loss(model, params, monkeypatch, chunk, length):
+    rows = 2
+    size = 4 * rows * model.config.vocab_size * chunk
+    monkeypatch.setattr(loss, "LOGITS_BYTES", size)
+    assert loss.chunk_size(rows, length, model.config.vocab_size) == min(chunk, length)
+    tokens = tokens_of(model, rows, length)
+    total, counted = loss.next_token_loss(model, params, tokens)
+    assert counted == rows * (length - 1)
+    wanted = jnp.sum(plain_losses(model, params, tokens))
+    np.testing.assert_allclose(total, wanted, rtol=1e-5)
+
+
+def test_its_gradient_is_that_of_the_plain_loss(model, params, monkeypatch):
+    monkeypatch.setattr(loss, "LOGITS_BYTES", 4 * 2 * model.config.vocab_size * 4)
+    tokens = tokens_of(model, 2, 10)
+    grads = jax.grad(lambda p: loss.next_token_loss(model, p, tokens)[0])(params)
+    wanted = jax.grad(lambda p: jnp.sum(plain_losses(model, p, tokens)))(params)
+    chex.assert_trees_all_close(grads, wanted, atol=2e-5)
+
+
+def test_packed_documents_have_the_losses_of_separate_ones(model, params):
+    first, second = tokens_of(model, 1, 9), tokens_of(model, 1, 5)
+    packed = jnp.pad(jnp.concatenate([first, second], axis=1), ((0, 0), (0, 2)))
+    segment_ids = jnp.asarray([[1] * 9 + [2] * 5 + [0] * 2])
+    total, counted = loss.next_token_loss(model, params, packed, segment_ids)
+    alone = [loss.next_token_loss(model, params, x) for x in (first, second)]
+    assert counted == sum(count for _, count in alone) == 8 + 4
+    np.testing.assert_allclose(total, sum(value for value, _ in alone), rtol=1e-5)
+
+
+def test_padding_has_no_loss(model, params):
+    segment_ids = jnp.zeros((1, 6), jnp.int32)
+    tokens = tokens_of(model, 1, 6)
+    assert loss.next_token_loss(model, params, tokens, segment_ids) == (0.0, 0)

@@ -1,0 +1,94 @@
+"""One step: what it updates, and that remat changes only what is stored."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import minillm_jax as mj
+from minillm_jax.testing import tiny_config
+from minillm_jax.training import loss, step
+
+
+def batch(config, rows=2, length=12):
+    draw = np.random.default_rng(0)
+    return jnp.asarray(draw.integers(0, config.vocab_size, (rows, length), np.int32))
+
+
+def test_a_step_is_adamw_on_the_mean_loss():
+    model = mj.create_model(tiny_config())
+    params, tokens = mj.init_params(model, seed=1), batch(model.config)
+    optimizer = step.adamw(1e-2)
+
+    def mean(params):
+        total, counted = loss.next_token_loss(model, params, tokens)
+        return total / counted
+
+    value, grads = jax.value_and_grad(mean)(params)
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    wanted = optax.apply_updates(params, updates)
+
+    state = step.initial_state(jax.tree.map(jnp.copy, params), optimizer)
+    state, metrics = step.train_step(model, optimizer, state, tokens)
+    assert state.step == 1
+    np.testing.assert_allclose(metrics.loss, value, rtol=1e-5)
+    np.testing.assert_allclose(metrics.grad_norm, optax.tree.norm(grads), rtol=1e-4)
+    chex.assert_trees_all_close(state.params, wanted, atol=1e-4)
+
+
+def test_only_matrices_decay():
+    optimizer = step.adamw(1.0, weight_decay=0.5)
+    params = {"scale": jnp.ones(3), "kernel": jnp.ones((3, 3))}
+    grads = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    assert jnp.all(updates["scale"] == 0.0)
+    np.testing.assert_allclose(updates["kernel"], -0.5)
+
+
+def test_the_state_is_donated():
+    model = mj.create_model(tiny_config())
+    optimizer = step.adamw(1e-2)
+    state = step.initial_state(mj.init_params(model), optimizer)
+    step.train_step(model, optimizer, state, batch(model.config))
+    assert all(x.is_deleted() for x in jax.tree.leaves(state))
+
+
+def test_steps_learn_a_batch_by_heart():
+    model = mj.create_model(tiny_config())
+    optimizer, tokens = step.adamw(1e-2), batch(model.config)
+    state = step.initial_state(mj.init_params(model), optimizer)
+    losses = []
+    for _ in range(60):
+        state, metrics = step.train_step(model, optimizer, state, tokens)
+        losses.append(float(metrics.loss))
+    assert losses[0] == pytest.approx(np.log(model.config.vocab_size), rel=0.1)
+    assert losses[-1] < 0.1 * losses[0]
+
+
+@pytest.mark.parametrize("changes", [{}, {"sliding_window": 4}, {"qk_norm": True}])
+def test_remat_has_the_same_params_and_gradients(changes):
+    plain, remat = (
+        mj.create_model(tiny_config(remat=flag, **changes)) for flag in (False, True)
+    )
+    params, tokens = mj.init_params(plain, seed=1), batch(plain.config)
+    chex.assert_trees_all_equal(params, mj.init_params(remat, seed=1))
+
+    def grads(model):
+        return jax.grad(lambda p: loss.next_token_loss(model, p, tokens)[0])(params)
+
+    chex.assert_trees_all_close(grads(plain), grads(remat), atol=1e-5)
+
+
+def test_remat_decodes_as_without():
+    plain, remat = (mj.create_model(tiny_config(remat=flag)) for flag in (False, True))
+    params, tokens = mj.init_params(plain, seed=1), batch(plain.config)
+    both = []
+    for model in (plain, remat):
+        logits, cache = mj.prefill(
+            model, params, mj.init_cache(model.config, 2), tokens
+        )
+        logits, _ = mj.decode_step(model, params, cache, np.argmax(logits, axis=-1))
+        both.append(logits)
+    np.testing.assert_array_equal(*both)
