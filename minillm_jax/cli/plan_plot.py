@@ -26,8 +26,10 @@ def draw(plan: MemoryPlan, path: pathlib.Path) -> None:
     """Writes the PNG file, up to twice the context that is planned or that fits.
 
     Raises:
-      UserError: where matplotlib is not installed.
+      UserError: where it cannot be written, or matplotlib is not installed.
     """
+    if not path.parent.is_dir():
+        raise UserError(f"--plot={path}: there is no such folder")
     try:
         import matplotlib  # pyright: ignore[reportMissingImports]
         from matplotlib import pyplot  # pyright: ignore[reportMissingImports]

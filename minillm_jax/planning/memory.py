@@ -19,7 +19,7 @@ from minillm_jax.planning.devices import Device
 from minillm_jax.planning.workload import Moments, Workload
 
 # Python, JAX and the compiler, resident on the host; there is more of it in training.
-RUNTIME_BYTES, TRAINING_RUNTIME_BYTES = 480 * 2**20, 544 * 2**20
+RUNTIME_BYTES, TRAINING_RUNTIME_BYTES = 500 * 2**20, 560 * 2**20
 # Share of what is alive that allocators round up, keep for later or cut into pieces.
 # The host's does so in every thread: measured in processes of a limited memory.
 WORKSPACE, HOST_WORKSPACE = 0.03, 0.12

@@ -13,7 +13,7 @@ from minillm_jax.planning import costs
 from minillm_jax.planning.activations import Call, training_bytes
 
 GPU_LIBRARY_BYTES = 64 * 2**20
-CPU_LIBRARY_WIDTH = 12  # bytes for each token and gated feature, as measured
+CPU_LIBRARY_WIDTH = 1.5  # bytes of each token's gated features in every layer
 
 Moments = dict[str, dict[str, int]]  # moment -> class -> bytes alive then
 
@@ -87,10 +87,9 @@ class Workload:
             return moments
         largest = max(self.slots)
         call = functools.partial(Call, self.config, platform, self.batch_size)
-        chunk = min(self.config.prefill_chunk, self.allocated)
         held = weights | {"cache": self.cache_bytes}
         copies = {"converted copies": self._conversions(platform)}
-        for name, tokens in (("prefill", chunk), ("decode", 1)):
+        for name, tokens in (("prefill", self._chunk), ("decode", 1)):
             size = call(tokens, largest, cached=True).activation_bytes()
             moments[name] = held | copies | {"activations": size}
         # A layer's keys or values.
@@ -104,16 +103,24 @@ class Workload:
         """What libraries take for themselves at a moment, of which XLA does not know.
 
         On a GPU a constant. On CPU those that multiply narrow dtypes lay their operands
-        out anew.
+        out anew, and keep room for that in every layer.
         """
         if platform == "gpu":
             return GPU_LIBRARY_BYTES
-        narrow = costs.itemsize(self.config.dtype) < 4
-        if platform != "cpu" or not narrow or moment not in ("prefill", "train"):
+        tokens = {
+            "prefill": self._chunk,
+            "forward": self.forward_tokens,
+            "train": self.context,
+        }
+        if platform != "cpu" or costs.itemsize(self.config.dtype) == 4:
             return 0
-        chunk = min(self.config.prefill_chunk, self.allocated)
-        tokens = self.context if self.training else chunk
-        return CPU_LIBRARY_WIDTH * self.batch_size * tokens * self.config.dim_ff
+        gated = self.config.num_layers * tokens.get(moment, 0) * self.config.dim_ff
+        return int(CPU_LIBRARY_WIDTH * self.batch_size * gated)
+
+    @property
+    def _chunk(self) -> int:
+        """Tokens of the largest prefill chunk."""
+        return min(self.config.prefill_chunk, self.allocated)
 
     def _training(self, platform: str) -> dict[str, int]:
         """AdamW holds two moments of each parameter; gradients are as parameters."""
@@ -150,8 +157,8 @@ class Workload:
 def _making(config: ModelConfig) -> int:
     """The most that is alive while random weights are made, the largest matrix first.
 
-    Those that are there, and one in float32 three times: random bits and normals, and a
-    result, where that is narrower.
+    Those that are there, and one in float32 three times: random bits, normals, the
+    result; a narrow result takes nearly as much again.
     """
     heads = 2 * config.num_heads + 2 * config.num_kv_heads
     layer = (2 * config.dim_ff, config.dim_ff, heads * config.head_dim)
@@ -160,7 +167,7 @@ def _making(config: ModelConfig) -> int:
     sizes += [config.dim_model * config.vocab_size] * tables
     there = alive = 0
     stored = costs.itemsize(config.param_dtype)
-    making = 3 * 4 + stored % 4
+    making = 3 * 4 + (0 if stored == 4 else 3)
     for size in sorted(sizes, reverse=True):
         alive = max(alive, there + making * size)
         there += stored * size
