@@ -93,5 +93,7 @@ def _draw_memory(ax: Any, rows: list[dict[str, Any]], full: list[dict[str, Any]]
             color=_FULL,
             label="a forward without",
         )
-    ax.set_ylim(bottom=0)
+    most = max(row["step_memory_bytes"] for row in rows)
+    most = max(most, *(row["no_cache_memory_bytes"] for row in full), 0)
+    ax.set_ylim(0, 1.1 * most / 1e9)
     ax.set_ylabel("GB, weights included")

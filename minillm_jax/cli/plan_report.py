@@ -88,7 +88,7 @@ def _advice_dict(found: advice.Advice) -> dict[str, Any]:
 
 def _headline(plan: MemoryPlan) -> str:
     config, work = plan.config, plan.workload
-    rows = f"{plan.batch_size} row{'s' if plan.batch_size > 1 else ''}"
+    rows = _rows(plan.batch_size)
     what = "training on" if work.training else "generating with"
     fits = "fits" if plan.fits else "DOES NOT FIT"
     return (
@@ -138,7 +138,7 @@ def _note(plan: MemoryPlan, name: str) -> str:
 def _room(plan: MemoryPlan) -> str:
     rows = f"{plan.context} tokens"
     lines = f"Most rows of {rows}: {plan.max_batch_size or 'none'}"
-    many = f"{plan.batch_size} row{'s' if plan.batch_size > 1 else ''}"
+    many = _rows(plan.batch_size)
     return f"{lines}. Longest context of {many}: {plan.max_context or 'none'}."
 
 
@@ -232,7 +232,7 @@ def _memory(short: str) -> str:
 def _most(row: dict[str, Any]) -> str:
     """The most rows of the full context, or the longest context of one."""
     if row["max_batch_size"]:
-        return f"{row['max_batch_size']} rows"
+        return _rows(row["max_batch_size"])
     return f"{row['max_context']} tokens" if row["max_context"] else "-"
 
 
@@ -243,6 +243,10 @@ def _grid(*headings: str) -> table.Table:
     for heading in headings:
         shown.add_column(text.Text(heading), justify="right", no_wrap=True)
     return shown
+
+
+def _rows(count: int) -> str:
+    return "1 row" if count == 1 else f"{count} rows"
 
 
 def _number(value: float) -> str:
