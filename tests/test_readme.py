@@ -10,7 +10,7 @@ from absl import flags
 
 import minillm_jax as mj
 from minillm_jax import testing
-from minillm_jax.cli import generate
+from minillm_jax.cli import generate, plan_report
 
 README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
 
@@ -18,7 +18,7 @@ README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
 def test_the_python_of_the_readme_runs(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     names = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
@@ -28,6 +28,9 @@ def test_the_python_of_the_readme_runs(monkeypatch, tmp_path):
     assert names["piece"].finish_reason is not None
     assert names["model"].config == mj.create_model(mj.Configs.small()).config
     assert (tmp_path / "small" / "model.safetensors").is_file()
+    plan = names["plan"]
+    found = f"{plan.fits} {plan.batch_size} {plan.max_context}"
+    assert f"plan.max_context)  # {found}\n" in README
     counts = re.search(r"print\(generator.compilations\)\n# (.*)", README).group(1)
     assert str(names["generator"].compilations) == counts
 
@@ -45,6 +48,17 @@ def test_a_generator_of_small_has_as_many_executables_as_the_readme_says(tiny_pa
     ):
         told |= zip(re.findall(r"`(\w+)`", names), counts.split(", "), strict=True)
     assert {name: int(count) for name, count in told.items()} == found
+
+
+def test_the_memory_table_is_the_planners():
+    assert plan_report.markdown(plan_report.presets_by_device()) in README
+
+
+def test_the_plan_shown_is_the_planners(capsys):
+    plan = mj.plan_memory(mj.Configs.large(), 16, device="rtx4090")
+    plan_report.show(plan)
+    shown = [line.rstrip() for line in capsys.readouterr().out.rstrip().splitlines()]
+    assert "\n".join(shown) in README
 
 
 def test_the_generate_lines_of_the_readme_are_right(monkeypatch):
