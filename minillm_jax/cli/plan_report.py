@@ -11,6 +11,7 @@ from minillm_jax.planning.memory import MemoryPlan
 
 # What the classes of a plan are, beside their bytes.
 _NOTES = {
+    "compiled": "activations and copies, as XLA compiles them",
     "workspace": "allocator, small buffers, libraries",
     "runtime": "Python, JAX and the compiler",
     "growth": "a leaf copied as the cache grows",

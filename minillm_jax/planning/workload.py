@@ -88,13 +88,14 @@ class Workload:
         largest = max(self.slots)
         call = functools.partial(Call, self.config, platform, self.batch_size)
         held = weights | {"cache": self.cache_bytes}
-        copies = {"converted copies": self._conversions(platform)}
         for name, tokens in (("prefill", self._chunk), ("decode", 1)):
+            copies = {"converted copies": self._conversions(platform, name)}
             size = call(tokens, largest, cached=True).activation_bytes()
             moments[name] = held | copies | {"activations": size}
         # A layer's keys or values.
         moments["growth"] = held | {"growth": self._slot_bytes([largest]) // 2}
         if length := self.forward_tokens:
+            copies = {"converted copies": self._conversions(platform, "forward")}
             size = call(length, length, cached=False).activation_bytes()
             moments["forward"] = weights | copies | {"activations": size}
         return moments
@@ -132,21 +133,23 @@ class Workload:
             "activations": training_bytes(call),
         }
 
-    def _conversions(self, platform: str) -> int:
+    def _conversions(self, platform: str, moment: str) -> int:
         """Copies in another dtype that XLA keeps beside the stored arrays.
 
         Weights stored in another dtype than they are computed in are converted before a
-        token loop, all of them. Before JAX 0.12, XLA on CPU also looks tokens up and
-        writes to the cache in float32: it converts the embedding, tied to the head
-        twice, and the cache, of several rows all layers at once.
+        token loop, all of them. Before JAX 0.12, XLA on CPU also writes to the cache of
+        several rows in float32, all layers at once, and a token loop converts the
+        embedding that it looks tokens up in, tied to the head twice.
         """
         config, largest = self.config, self._slot_bytes([max(self.slots)])
         size, copies = costs.itemsize(config.dtype), 0
         if platform == "cpu" and size < 4 and jax.__version_info__ < (0, 12):
-            width = 6 if config.tie_embeddings else 4
-            copies += width * config.vocab_size * config.dim_model
-            if costs.itemsize(config.cache_dtype) == 2:
-                copies += 2 * (self.cache_bytes if self.batch_size > 1 else largest)
+            looped, several = moment == "decode", self.batch_size > 1
+            if looped:
+                width = 6 if config.tie_embeddings else 4
+                copies += width * config.vocab_size * config.dim_model
+            if costs.itemsize(config.cache_dtype) == 2 and moment != "forward":
+                copies += 2 * (self.cache_bytes if several else looped * largest)
         if config.param_dtype != config.dtype:
             copies += costs.parameters(config) * size
         if config.cache_dtype != config.dtype:  # a layer's at a time

@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -45,12 +46,15 @@ def test_the_limit_limits_what_is_written_and_not_what_is_reserved():
 
 
 def random_workload(seed):
-    """A model of any size, with a cache or in training."""
+    """A model of any size, with a cache or in training.
+
+    Training is promised from JAX 0.12 on.
+    """
     draw = np.random.default_rng(seed)
     heads = int(draw.choice([4, 8, 16]))
     head_dim = int(draw.choice([32, 64, 128]))
     context = int(draw.choice([256, 512, 1024, 2048, 4096, 8192]))
-    training = seed % 5 == 0
+    training = seed % 5 == 0 and jax.__version_info__ >= (0, 12)
     if training:
         context = min(context, 512)
     fields = {
