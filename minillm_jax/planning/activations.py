@@ -85,18 +85,27 @@ class Call(NamedTuple):
         return self.keys if gpu else min(self.keys, attention.KEY_BLOCK)
 
     def _kept_bytes(self) -> int:
-        """What XLA keeps of every layer's attention that goes in blocks of queries.
+        """What XLA keeps of every layer's attention beside its cache.
 
-        The outputs, unless they replace the queries as they do behind a cache; on a GPU
-        both of them then, as compiled for an H200 at most.
+        The outputs of queries that go in blocks, unless they replace the queries as
+        they do behind a cache; on a GPU both of them then, as compiled for an H200 at
+        most. A single block that meets its keys in blocks sums them up in float32; of
+        more rows than a block has it is as much as of those, so that more rows never
+        need less.
         """
-        in_place = self.cached and self.platform != "gpu"
-        if in_place or not self.in_blocks():
+        elements = self.config.num_layers * self.tokens * self.inner
+        if self.cached and self.platform != "gpu":
+            if self.tokens == 1 or self.tokens > attention.MAX_QUERY_BLOCK:
+                return 0
+            if self.keys <= attention.KEY_BLOCK:
+                return 0
+            row = 4 * self.config.num_heads * self.tokens * attention.KEY_BLOCK
+            rows = min(self.rows, max(1, attention.SCORE_BYTES // row))
+            return 4 * rows * elements
+        if not self.in_blocks():
             return 0
-        output = (
-            self.rows * self.tokens * self.inner * costs.itemsize(self.config.dtype)
-        )
-        return (2 if self.cached else 1) * self.config.num_layers * output
+        size = costs.itemsize(self.config.dtype)
+        return (2 if self.cached else 1) * self.rows * elements * size
 
 
 def training_bytes(call: Call) -> int:

@@ -19,6 +19,13 @@ ROWS = (1, 8)
 SLACK = 64 * 2**20
 
 
+@pytest.fixture(autouse=True)
+def _forget():
+    """A process can hold only so many executables of this size."""
+    yield
+    jax.clear_caches()
+
+
 def shown(work, dtype, moment, planned, truth):
     print(
         f"{dtype:8} {moment:7} rows {work.batch_size} context {work.context:5}: "

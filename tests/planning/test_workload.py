@@ -35,10 +35,12 @@ def alive(work, platform="cpu"):
         (8, {}, mj.CachePolicy()),
         (8, MIXED, mj.CachePolicy()),
         (2, {"num_kv_heads": 2, "tie_embeddings": True}, RING),
+        (8, {"num_layers": 6, "prefill_chunk": 256}, mj.CachePolicy()),
     ],
 )
 def test_generating_takes_what_the_compiler_says(batch_size, changes, policy):
-    config = mj.Configs.small().replace(num_layers=2, dtype="float32", **changes)
+    fields = {"num_layers": 2, "dtype": "float32"} | changes
+    config = mj.Configs.small().replace(**fields)
     work = workload(config, batch_size, policy=policy)
     planned, truth = alive(work), compiled.total_bytes(work)
     assert set(truth) == {"prefill", "decode"}
