@@ -18,8 +18,8 @@ from minillm_jax.planning.automatic import Auto
 from minillm_jax.planning.devices import Device
 from minillm_jax.planning.workload import Moments, Workload
 
-# Python, JAX and the compiler, resident on the host; there is more of it in training.
-RUNTIME_BYTES, TRAINING_RUNTIME_BYTES = 500 * 2**20, 560 * 2**20
+# Python, JAX and the compiler, resident on the host.
+RUNTIME_BYTES = 560 * 2**20
 # Share of what is alive that allocators round up, keep for later or cut into pieces.
 # The host's does so in every thread: measured in processes of a limited memory.
 WORKSPACE, HOST_WORKSPACE = 0.03, 0.12
@@ -49,8 +49,7 @@ class MemoryPlan:
         scratch = self.workload.scratch_bytes(moment, platform)
         taken = {**alive, "workspace": int(share * sum(alive.values())) + scratch}
         if platform == "cpu":
-            training = self.workload.training
-            taken["runtime"] = TRAINING_RUNTIME_BYTES if training else RUNTIME_BYTES
+            taken["runtime"] = RUNTIME_BYTES
         return taken
 
     @property
