@@ -39,7 +39,7 @@ LAYERS = (
     ("training.corpus",),
     ("training.packing",),
     ("training.loss",),
-    ("training.step",),
+    ("training.optimizer", "training.step"),
     ("planning.devices", "planning.automatic", "planning.activations"),
     ("planning.machine", "planning.workload", "planning.bounds"),
     ("planning.compiled",),

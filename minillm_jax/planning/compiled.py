@@ -13,6 +13,7 @@ from minillm_jax.model import cache as kv
 from minillm_jax.model import transformer
 from minillm_jax.model.transformer import MiniLLM
 from minillm_jax.planning.workload import Workload
+from minillm_jax.training import optimizer as optimizers
 from minillm_jax.training import step
 
 DECODE_STEPS = 16  # of the chunk; how many makes no difference
@@ -60,7 +61,7 @@ def _decoding(model: MiniLLM, work: Workload) -> dict[str, Any]:
 
 
 def _training(model: MiniLLM, work: Workload) -> dict[str, Any]:
-    optimizer = step.adamw(1e-3)
+    optimizer = optimizers.adamw(1e-3)
     state = jax.eval_shape(
         lambda params: step.initial_state(params, optimizer),
         transformer.param_shapes(model),

@@ -1,4 +1,7 @@
-"""One step of training: loss, gradients, AdamW."""
+"""One step of training: loss, gradients, update.
+
+Axes: A parts of a batch, B rows of all of them, T sequence length.
+"""
 
 import functools
 from collections.abc import Mapping
@@ -7,17 +10,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from minillm_jax.model.transformer import MiniLLM
 from minillm_jax.training import loss
+
+Params = Mapping[str, Any]
 
 
 class TrainState(NamedTuple):
     """What a step changes; every leaf of it is donated."""
 
     step: jax.Array  # [] int32, steps taken
-    params: Mapping[str, Any]
+    params: Params
     optimizer: optax.OptState
 
 
@@ -28,33 +33,17 @@ class StepMetrics(NamedTuple):
     grad_norm: jax.Array  # [] of all gradients together, before clipping
 
 
-def adamw(
-    learning_rate: optax.ScalarOrSchedule,
-    *,
-    weight_decay: float = 0.1,
-    clip_norm: float = 1.0,
-    betas: tuple[float, float] = (0.9, 0.95),
-) -> optax.GradientTransformation:
-    """AdamW (arXiv:1711.05101) behind a global-norm clip; only matrices decay."""
-
-    def matrices(params):
-        return jax.tree.map(lambda x: x.ndim > 1, params)
-
-    return optax.chain(
-        optax.clip_by_global_norm(clip_norm),
-        optax.adamw(learning_rate, *betas, weight_decay=weight_decay, mask=matrices),
-    )
-
-
 def initial_state(
-    params: Mapping[str, Any], optimizer: optax.GradientTransformation
+    params: Params, optimizer: optax.GradientTransformation
 ) -> TrainState:
     """The state before the first step, around `params` themselves."""
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(dict(params)))
 
 
 @functools.partial(
-    jax.jit, static_argnames=("model", "optimizer"), donate_argnames=("state",)
+    jax.jit,
+    static_argnames=("model", "optimizer", "accumulation"),
+    donate_argnames=("state",),
 )
 def train_step(
     model: MiniLLM,
@@ -62,6 +51,8 @@ def train_step(
     state: TrainState,
     tokens: Int[Array, "B T"],
     segment_ids: Int[Array, "B T"] | None = None,
+    *,
+    accumulation: int = 1,
 ) -> tuple[TrainState, StepMetrics]:
     """One update by the mean loss of a batch; `state` is donated.
 
@@ -71,14 +62,50 @@ def train_step(
       state: before the step.
       tokens: a batch; T at most `max_seq_len`.
       segment_ids: packed documents from 1 on, 0 = padding; None = a row is one.
+      accumulation: A; the batch is computed in so many parts, one after another, each
+        counting by its tokens: the gradient is the whole batch's. It divides B. Static.
     """
-
-    def mean_loss(params):
-        total, counted = loss.next_token_loss(model, params, tokens, segment_ids)
-        return total / jnp.maximum(counted, 1)
-
-    value, grads = jax.value_and_grad(mean_loss)(state.params)
+    total, counted, grads = _summed(
+        model, state.params, tokens, segment_ids, accumulation
+    )
+    counted = jnp.maximum(counted, 1)
+    grads = jax.tree.map(lambda grad: grad / counted.astype(grad.dtype), grads)
     updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
     params: Any = optax.apply_updates(state.params, updates)
-    metrics = StepMetrics(value, optax.tree.norm(grads))
+    metrics = StepMetrics(total / counted, optax.tree.norm(grads))
     return TrainState(state.step + 1, params, optimizer_state), metrics
+
+
+@functools.partial(jax.jit, static_argnames=("model",))
+def eval_step(
+    model: MiniLLM,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"] | None = None,
+) -> tuple[Float[Array, ""], Int[Array, ""]]:
+    """The loss of a batch in nats, a sum, and how many tokens it is the sum of."""
+    return loss.next_token_loss(model, params, tokens, segment_ids)
+
+
+def _summed(model, params, tokens, segment_ids, accumulation: int):
+    """Loss and gradients of a batch, sums over its tokens, and how many these are."""
+
+    def part(tokens, segment_ids):
+        def total(params):
+            return loss.next_token_loss(model, params, tokens, segment_ids)
+
+        (value, counted), grads = jax.value_and_grad(total, has_aux=True)(params)
+        return value, counted, grads
+
+    if accumulation == 1:
+        return part(tokens, segment_ids)
+    parts = jax.tree.map(
+        lambda x: x.reshape(accumulation, -1, x.shape[-1]), (tokens, segment_ids)
+    )
+
+    def add(sums, given):
+        return jax.tree.map(jnp.add, sums, part(*given)), None
+
+    zeros = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)
+    nothing = (*zeros, jax.tree.map(jnp.zeros_like, params))
+    return jax.lax.scan(add, nothing, parts)[0]

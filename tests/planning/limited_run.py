@@ -21,13 +21,14 @@ def main() -> None:
 
     import minillm_jax as mj
     from minillm_jax.decoding import decode
+    from minillm_jax.training import optimizer as optimizers
     from minillm_jax.training import step
 
     config, rows = mj.ModelConfig.from_dict(asked["config"]), asked["batch_size"]
     model, context = mj.create_model(config), asked["context"]
     params = jax.block_until_ready(mj.init_params(model))
     if asked["training"]:
-        optimizer = step.adamw(1e-3)
+        optimizer = optimizers.adamw(1e-3)
         state = step.initial_state(params, optimizer)
         del params
         tokens = np.zeros((rows, context), np.int32)

@@ -10,6 +10,7 @@ import pytest
 import minillm_jax as mj
 from minillm_jax.testing import tiny_config
 from minillm_jax.training import loss, step
+from minillm_jax.training import optimizer as optimizers
 
 
 def batch(config, rows=2, length=12):
@@ -20,7 +21,7 @@ def batch(config, rows=2, length=12):
 def test_a_step_is_adamw_on_the_mean_loss():
     model = mj.create_model(tiny_config())
     params, tokens = mj.init_params(model, seed=1), batch(model.config)
-    optimizer = step.adamw(1e-2)
+    optimizer = optimizers.adamw(1e-2)
 
     def mean(params):
         total, counted = loss.next_token_loss(model, params, tokens)
@@ -39,7 +40,7 @@ def test_a_step_is_adamw_on_the_mean_loss():
 
 
 def test_only_matrices_decay():
-    optimizer = step.adamw(1.0, weight_decay=0.5)
+    optimizer = optimizers.adamw(1.0, weight_decay=0.5)
     params = {"scale": jnp.ones(3), "kernel": jnp.ones((3, 3))}
     grads = jax.tree.map(jnp.zeros_like, params)
     updates, _ = optimizer.update(grads, optimizer.init(params), params)
@@ -49,7 +50,7 @@ def test_only_matrices_decay():
 
 def test_the_state_is_donated():
     model = mj.create_model(tiny_config())
-    optimizer = step.adamw(1e-2)
+    optimizer = optimizers.adamw(1e-2)
     state = step.initial_state(mj.init_params(model), optimizer)
     step.train_step(model, optimizer, state, batch(model.config))
     assert all(x.is_deleted() for x in jax.tree.leaves(state))
@@ -57,7 +58,7 @@ def test_the_state_is_donated():
 
 def test_steps_learn_a_batch_by_heart():
     model = mj.create_model(tiny_config())
-    optimizer, tokens = step.adamw(1e-2), batch(model.config)
+    optimizer, tokens = optimizers.adamw(1e-2), batch(model.config)
     state = step.initial_state(mj.init_params(model), optimizer)
     losses = []
     for _ in range(60):
