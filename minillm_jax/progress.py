@@ -7,7 +7,7 @@ from typing import Any
 from rich import console, progress
 
 
-def bar(description: str, total: int) -> progress.Progress:
+def bar(description: str, total: int, done: int = 0) -> progress.Progress:
     """A bar with one task, to be used as a context manager; gone when it is done."""
     stderr = console.Console(stderr=True)
     drawn = sys.stderr is not None and (stderr.is_terminal or stderr.is_jupyter)
@@ -20,7 +20,7 @@ def bar(description: str, total: int) -> progress.Progress:
         transient=True,
         disable=not drawn,
     )
-    found.add_task(description, total=total)
+    found.add_task(description, total=total, completed=done)
     return found
 
 

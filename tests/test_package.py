@@ -35,6 +35,7 @@ LAYERS = (
     ("weights.windows",),
     ("weights.configs", "weights.names", "weights.files", "weights.hub"),
     ("weights",),
+    ("training.errors",),
     ("training.near_duplicates", "training.sources"),
     ("training.corpus",),
     ("training.packing",),
@@ -45,6 +46,9 @@ LAYERS = (
     ("planning.compiled",),
     ("planning.memory",),
     ("planning.advice",),
+    ("training.settings", "training.checkpoint", "training.metrics"),
+    ("training.run_folder",),
+    ("training.train",),
     ("cli",),
 )
 # Test help stands apart: the oracle shares no code with the model.

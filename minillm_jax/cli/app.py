@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from minillm_jax import compilation_cache, validation
@@ -23,6 +24,8 @@ from minillm_jax.cli import config_files, model_folder, preset_file
 from minillm_jax.config import LEGACY_NAMES, Configs, ModelConfig
 from minillm_jax.model.cache import CacheOverflowError
 from minillm_jax.text.tokenizer import TokenizerError
+from minillm_jax.training.errors import DataError, TrainingError
+from minillm_jax.training.settings import TrainSettings
 from minillm_jax.weights.errors import CheckpointError
 
 
@@ -33,7 +36,7 @@ class UserError(Exception):
 _PRESETS = ", ".join(Configs.names)
 _USER_ERRORS = (
     *(UserError, validation.ConfigError, CacheOverflowError),
-    *(TokenizerError, CheckpointError),
+    *(TokenizerError, CheckpointError, DataError, TrainingError),
 )
 
 
@@ -80,8 +83,10 @@ def run_plain(main: Callable[[], None]) -> None:
             print(f"{_program()}: error: {_text(error)}", file=sys.stderr)
             _leave_at_once(2)
 
-    # absl shows every INFO line of JAX, such as the backends that are not there.
+    # absl shows every INFO line of JAX, such as the backends that are not there; orbax
+    # tells absl of each file.
     logging.getLogger("jax").setLevel(logging.WARNING)
+    absl_logging.set_verbosity(absl_logging.WARNING)
     notes = logging.StreamHandler()
     notes.setFormatter(logging.Formatter(f"{_program()}: %(message)s"))
     library = logging.getLogger("minillm_jax")
@@ -174,9 +179,9 @@ def _unknown_field(argv: Sequence[str], error: BaseException) -> str | None:
     """A line for an override whose field no section has."""
     if not isinstance(error, (AttributeError, KeyError)):
         return None
-    known = ["model", "decode", "compare"]
+    known = ["model", "decode", "compare", "train"]
     settings = (config_files.DecodeSettings, config_files.CompareSettings)
-    for section in (ModelConfig, *settings):
+    for section in (ModelConfig, *settings, TrainSettings):
         known += [field.name for field in dataclasses.fields(section)]
     for flag in (arg.split("=", 1)[0] for arg in argv if arg.startswith("--config.")):
         for name in flag.split(".")[1:]:

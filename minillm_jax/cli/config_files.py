@@ -1,8 +1,8 @@
 """Between ml_collections' config files and the library's frozen configs.
 
 A config file's `get_config()` starts from `preset(name)` and changes fields. Its
-sections become frozen once, in `model_config`, `decode_settings` and
-`compare_settings`.
+sections become frozen once, in `model_config`, `decode_settings`, `compare_settings`
+and `train_settings`.
 """
 
 import dataclasses
@@ -22,9 +22,9 @@ from minillm_jax.config import (
 )
 from minillm_jax.planning import automatic, memory
 from minillm_jax.planning.devices import Device
+from minillm_jax.training.settings import MOST_ROWS, TrainSettings
 
 _Section = TypeVar("_Section")
-MOST_ROWS = 100_000
 _TIMES = validation.Range(1, 100_000)
 # A field of the model that may be "auto"; it becomes a number in `model_config`.
 _LONGEST = "max_kv_cache_len"
@@ -111,6 +111,7 @@ def preset(name: str) -> Any:
             "model_path": config_dict.placeholder(str),
             "decode": _section(DecodeSettings, {"contexts": contexts}),
             "compare": _section(CompareSettings, {"contexts": both}),
+            "train": _section(TrainSettings, {}),
         }
     )
 
@@ -140,6 +141,11 @@ def decode_settings(config: Any) -> DecodeSettings:
 def compare_settings(config: Any) -> CompareSettings:
     """The `compare` section; raises ConfigError, with the section's name before it."""
     return _frozen(CompareSettings, _values(config, "compare"), "compare")
+
+
+def train_settings(config: Any) -> TrainSettings:
+    """The `train` section; raises ConfigError, with the section's name before it."""
+    return _frozen(TrainSettings, _values(config, "train"), "train")
 
 
 def _section(cls: type, given: dict[str, Any]) -> dict[str, Any]:

@@ -59,10 +59,10 @@ def folder(config: Any) -> pathlib.Path | None:
     return None if path is None else pathlib.Path(path)
 
 
-def params(config: Any, model: MiniLLM) -> dict[str, Any]:
-    """The folder's weights, in the model's `param_dtype`, or random ones."""
+def params(config: Any, model: MiniLLM, seed: int = 0) -> dict[str, Any]:
+    """The folder's weights, in the model's `param_dtype`, or random ones of a seed."""
     found = folder(config)
     if found is None:
         with progress.spinner("making random weights"):
-            return jax.block_until_ready(transformer.init_params(model))
+            return jax.block_until_ready(transformer.init_params(model, seed))
     return load.read_params(found, model.config, load.read_family(found))

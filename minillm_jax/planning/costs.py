@@ -86,3 +86,12 @@ def prefill_flops(config: ModelConfig, tokens: int) -> int:
     """FLOPs from a row's prompt to the logits of its last token alone."""
     head = 2 * config.vocab_size * config.dim_model
     return forward_flops(config, tokens) - (tokens - 1) * head
+
+
+def train_flops(config: ModelConfig, rows: int, tokens: int) -> int:
+    """FLOPs of a training step over rows of so many tokens: three forwards.
+
+    The backward pass takes a gradient of both factors of every product. What `remat`
+    computes again is not counted.
+    """
+    return 3 * rows * forward_flops(config, tokens)

@@ -74,6 +74,25 @@ class ByteTokenizer:
         known = bytes(token for token in tokens if 0 <= token < 256)
         return known.decode("utf-8", errors="replace")
 
+    has_files = True  # `save` makes them
+
+    def save(self, folder: str | pathlib.Path) -> None:
+        """Writes a tokenizer.json of the same ids, which other libraries read too.
+
+        It is byte-level BPE (GPT-2, Radford et al. 2019) without a merge.
+        """
+        vocab = {character: byte for byte, character in enumerate(_characters())}
+        level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+        values = {
+            "version": "1.0",
+            "added_tokens": [],
+            "pre_tokenizer": level,
+            "decoder": level,
+            "model": {"type": "BPE", "vocab": vocab, "merges": []},
+        }
+        path = pathlib.Path(folder) / "tokenizer.json"
+        path.write_text(json.dumps(values, indent=1, ensure_ascii=False))
+
     def encode_chat(self, messages: Messages) -> list[int]:
         """`role: content` lines, and the assistant's turn begun."""
         lines = [f"{message['role']}: {message['content']}\n" for message in messages]
@@ -317,6 +336,13 @@ def _copy(source: pathlib.Path, target: pathlib.Path) -> None:
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _characters() -> str:
+    """The visible character that byte-level BPE writes for each of the 256 bytes."""
+    shown = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))
+    return "".join(chr(b if b in shown else next(others)) for b in range(256))
 
 
 def _normalized(message: Mapping[str, Any]) -> dict[str, Any]:

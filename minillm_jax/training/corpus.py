@@ -18,7 +18,8 @@ import numpy as np
 from minillm_jax.json_files import read_object
 from minillm_jax.text.tokenizer import Tokenizer
 from minillm_jax.training import near_duplicates
-from minillm_jax.training.sources import DataError, Document
+from minillm_jax.training.errors import DataError
+from minillm_jax.training.sources import Document
 
 VALIDATION_SHARE = 0.05  # of groups of near-duplicates, about
 

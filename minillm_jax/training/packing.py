@@ -8,6 +8,7 @@ shuffles those. A document that a cut divides goes on as another one in its next
 """
 
 import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -40,8 +41,20 @@ class Packing:
         """The rows of a step, counted from 0."""
         first = step * rows
         packed = [self._row(index) for index in range(first, first + rows)]
-        tokens, segment_ids = zip(*packed, strict=True)
-        return Batch(np.stack(tokens), np.stack(segment_ids))
+        return _stacked(packed)
+
+    def epoch(self, rows: int, most: int | None = None) -> Iterator[Batch]:
+        """The batches of the first epoch, `most` of them at most.
+
+        Every row is in one of them; rows of padding fill the last.
+        """
+        count = -(-self.num_rows // rows)
+        padding = (np.zeros(self._length, np.int32),) * 2
+        for first in range(0, count if most is None else min(count, most)):
+            indices = range(first * rows, (first + 1) * rows)
+            yield _stacked(
+                [self._row(i) if i < self.num_rows else padding for i in indices]
+            )
 
     def _shuffled(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The order of the documents, their ends in line, and the order of the rows."""
@@ -71,3 +84,8 @@ class Packing:
             filled, place = filled + count, place + count
             document, segment = document + 1, segment + 1
         return tokens, segment_ids
+
+
+def _stacked(rows: list[tuple[np.ndarray, np.ndarray]]) -> Batch:
+    tokens, segment_ids = zip(*rows, strict=True)
+    return Batch(np.stack(tokens), np.stack(segment_ids))

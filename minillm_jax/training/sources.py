@@ -12,14 +12,11 @@ from typing import NamedTuple
 import numpy as np
 
 from minillm_jax.text.tokenizer import Tokenizer
+from minillm_jax.training.errors import DataError
 
 STANDARD_LIBRARY = "python"  # the name that stands for it
 _TESTS = {"test", "tests", "idle_test"}
 _NOT_SOURCE = {"site-packages", "dist-packages", "__pycache__"}
-
-
-class DataError(ValueError):
-    """Data that cannot be trained on; names the file and what is wrong with it."""
 
 
 class Document(NamedTuple):

@@ -7,7 +7,8 @@ import pytest
 
 from minillm_jax.text.tokenizer import ByteTokenizer
 from minillm_jax.training import corpus, near_duplicates, sources
-from minillm_jax.training.sources import DataError, Document
+from minillm_jax.training.errors import DataError
+from minillm_jax.training.sources import Document
 
 
 def read(source, vocab_size=256, eos=()):
