@@ -14,29 +14,22 @@ D model dim.
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from minillm_jax.config import ModelConfig
+from minillm_jax.model import blockwise, cudnn, layers, rope, scores
 from minillm_jax.model import cache as kv
-from minillm_jax.model import cudnn, layers, products, rope
+from minillm_jax.model.scores import Places, Scoring
 
 # Scores of one block of queries and keys, bytes: what keeps memory linear.
 SCORE_BYTES = 64 * 2**20
 MAX_QUERY_BLOCK, MIN_QUERY_BLOCK = 256, 8
 KEY_BLOCK = 256
-MASKED = -1e30  # finite: a query that sees nothing gets a mean, not NaN
-
-
-class Places(NamedTuple):
-    """Where a row's queries or keys stand."""
-
-    positions: jax.Array  # [*B, T] or [*B, S] absolute; -1 = an empty slot
-    segment_ids: jax.Array | None = None  # same shape: packed documents, 0 = padding
 
 
 class Span(NamedTuple):
@@ -46,27 +39,6 @@ class Span(NamedTuple):
     counts: jax.Array  # [B] valid tokens of this call, the first ones of each row
     turns: tuple[jax.Array, jax.Array]  # cosine and sine, [B, T, R] each
     local_turns: tuple[jax.Array, jax.Array]  # those of sliding-window layers
-
-
-def visible(queries: Places, keys: Places, rule: kv.SlotRule) -> Bool[Array, "*B T S"]:
-    """The mask: True where a query may attend to a key."""
-    query, key = queries.positions[..., :, None], keys.positions[..., None, :]
-    mask = (key >= 0) & (key <= query)
-    if rule.window is not None:
-        recent = key > query - (rule.window - rule.sinks)
-        mask &= recent | (key < rule.sinks)
-    if queries.segment_ids is not None and keys.segment_ids is not None:
-        mine, theirs = queries.segment_ids[..., :, None], keys.segment_ids[..., None, :]
-        mask &= (mine == theirs) & (theirs > 0)
-    return mask
-
-
-class Scoring(NamedTuple):
-    """How a query's scores follow from its products with the keys."""
-
-    rule: kv.SlotRule
-    scale: float
-    softcap: float | None
 
 
 @functools.partial(
@@ -88,9 +60,8 @@ def attend(
 
     Several queries go block by block, and memory is linear in T and S: in training too,
     where a block is computed again rather than stored. A block of queries meets the
-    keys block by block too (FlashAttention, Dao et al. 2022, arXiv:2205.14135), and
-    blocks without a key that a query may see are skipped. On NVIDIA GPUs, where each
-    decision to skip would wait for the host, it meets all keys at once. `scale` None is
+    keys block by block too (blockwise.py). On NVIDIA GPUs, where each decision to skip
+    a block would wait for the host, it meets all keys at once. `scale` None is
     1 / sqrt(H); `softcap` caps the scaled scores. `in_place` is for what no gradient is
     taken of: see `_in_query_blocks`.
     """
@@ -100,17 +71,27 @@ def attend(
 
     def at_once(q, k, v, queries, keys):
         def one(q, queries):
-            return _attend_at_once(q, k, v, visible(queries, keys, rule), scoring)
+            mask = scores.visible(queries, keys, rule)
+            return _attend_at_once(q, k, v, mask, scoring)
 
         return in_blocks(one, q, queries, query_block(q.shape, slots))
 
     def by_blocks(q, k, v, queries, keys):
+        if not in_place:
+            size = blockwise.TRAINING_BLOCK
+            layout = blockwise.Layout(min(size, query_block(q.shape, size)), size)
+            out: Any = blockwise.attend(q, k, v, queries, keys, scoring, layout)
+            return out
+
         def one(q, queries):
-            return _attend_by_blocks(q, k, v, queries, keys, scoring)
+            out, _ = blockwise.attend_block(
+                *(q, k, v, queries, keys, scoring, KEY_BLOCK)
+            )
+            return out
 
         return in_blocks(one, q, queries, query_block(q.shape, KEY_BLOCK))
 
-    if length == 1 or slots <= KEY_BLOCK:
+    if length == 1 or slots <= (KEY_BLOCK if in_place else blockwise.TRAINING_BLOCK):
         return at_once(q, k, v, queries, keys)
     return jax.lax.platform_dependent(
         *(q, k, v, queries, keys), cuda=at_once, default=by_blocks
@@ -133,8 +114,8 @@ def _in_query_blocks(attend_one, q, queries: Places, block: int, *, in_place: bo
     length = q.shape[-2]
     if block >= length:
         return attend_one(q, queries)
-    q_blocks = _split(q, -2, block)
-    query_blocks = jax.tree.map(lambda x: _split(x, -1, block), queries)
+    q_blocks = scores.split(q, -2, block)
+    query_blocks = jax.tree.map(lambda x: scores.split(x, -1, block), queries)
 
     def replaced(index, blocks):
         one = jax.tree.map(lambda x: x[index], (blocks, query_blocks))
@@ -146,68 +127,13 @@ def _in_query_blocks(attend_one, q, queries: Places, block: int, *, in_place: bo
         out = jax.lax.map(
             lambda xs: jax.checkpoint(attend_one)(*xs), (q_blocks, query_blocks)
         )
-    out = jnp.moveaxis(out, 0, -3)
-    return out.reshape(*q.shape[:-2], -1, q.shape[-1])[..., :length, :]
-
-
-def _split(x: jax.Array, axis: int, block: int) -> jax.Array:
-    """`axis` padded and cut into blocks, which become the first axis."""
-    axis %= x.ndim
-    count = -(-x.shape[axis] // block)
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, count * block - x.shape[axis])
-    shape = (*x.shape[:axis], count, block, *x.shape[axis + 1 :])
-    return jnp.moveaxis(jnp.pad(x, widths).reshape(shape), axis, 0)
-
-
-def _scores(q, k, mask, scoring: Scoring):
-    scores = products.batched_product("...KGTH,...KSH->...KGTS", q, k)
-    scores = layers.softcap(scores * scoring.scale, scoring.softcap)
-    return jnp.where(mask[..., None, None, :, :], scores, MASKED)
+    return scores.join(out, -2, length)
 
 
 def _attend_at_once(q, k, v, mask, scoring: Scoring):
-    probs = jax.nn.softmax(_scores(q, k, mask, scoring), axis=-1).astype(v.dtype)
-    return products.batched_product("...KGTS,...KSH->...KGTH", probs, v).astype(q.dtype)
-
-
-def _attend_by_blocks(q, k, v, queries: Places, keys: Places, scoring: Scoring):
-    """A pass over blocks of keys, whose softmax is put right as its maximum grows."""
-    slots = k.shape[-2]
-
-    def add(sums, k, v, mask):
-        highest, total, mixed = sums  # of the blocks so far
-        scores = _scores(q, k, mask, scoring)
-        largest = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
-        higher = jnp.maximum(highest, largest)  # keeps exp in range; cancels out
-        weights, faded = jnp.exp(scores - higher), jnp.exp(highest - higher)
-        total = total * faded + jnp.sum(weights, axis=-1, keepdims=True)
-        added = products.batched_product(
-            "...KGTS,...KSH->...KGTH", weights.astype(v.dtype), v
-        )
-        return higher, total, mixed * faded + added
-
-    def step(sums, first):
-        # The last block is moved inside; what it shares with the one before is masked.
-        start = jnp.minimum(first, slots - KEY_BLOCK)
-        take = functools.partial(
-            jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=KEY_BLOCK
-        )
-        places = jax.tree.map(lambda x: take(x, axis=-1), keys)
-        mask = visible(queries, places, scoring.rule)
-        new = jnp.arange(KEY_BLOCK) >= first - start
-        mask &= jnp.broadcast_to(new, mask.shape)
-
-        def seen(sums):
-            return add(sums, take(k, axis=-2), take(v, axis=-2), mask)
-
-        return jax.lax.cond(jnp.any(mask), seen, lambda sums: sums, sums), None
-
-    highest = jnp.full((*q.shape[:-1], 1), MASKED, jnp.float32)
-    sums = highest, jnp.zeros_like(highest), jnp.zeros(q.shape, jnp.float32)
-    firsts = jnp.arange(0, slots, KEY_BLOCK)
-    (_, total, mixed), _ = jax.lax.scan(jax.checkpoint(step), sums, firsts)
-    return (mixed / jnp.where(total > 0, total, 1.0)).astype(q.dtype)
+    found = scores.masked(scores.scores(q, k, scoring), mask)
+    probs = jax.nn.softmax(found, axis=-1).astype(v.dtype)
+    return scores.mix(probs, v).astype(q.dtype)
 
 
 class Attention(nn.Module):

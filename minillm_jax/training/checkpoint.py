@@ -211,12 +211,12 @@ def best_of(saved: list[Saved]) -> Saved | None:
     return min(known, key=lambda found: found.val_loss or 0.0, default=None)
 
 
-def shapes(make: Callable[[], Any]) -> Any:
-    """What a function of no arguments would make, as shapes on the default device."""
+def shapes(make: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function would make of its arguments, as shapes on the default device."""
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
-        jax.eval_shape(make),
+        jax.eval_shape(make, *arguments),
     )
 
 

@@ -49,7 +49,7 @@ class Packing:
         Every row is in one of them; rows of padding fill the last.
         """
         count = -(-self.num_rows // rows)
-        padding = (np.zeros(self._length, np.int32),) * 2
+        padding = np.zeros(self._length, np.int32), np.zeros(self._length, np.int32)
         for first in range(0, count if most is None else min(count, most)):
             indices = range(first * rows, (first + 1) * rows)
             yield _stacked(

@@ -10,6 +10,7 @@ On CPU with the same number of devices a run that was killed gives, resumed, the
 that it would have given, bit for bit.
 """
 
+import functools
 import math
 import pathlib
 import time
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from minillm_jax.model import transformer
 from minillm_jax.model.transformer import MiniLLM
 from minillm_jax.planning import costs, machine
 from minillm_jax.training import checkpoint, optimizer, step
@@ -70,19 +72,7 @@ class Trainer:
             for split in (False, True)
         )
         self._bits_per_byte = _bits_per_byte(corpus)
-        schedule = optimizer.schedule(
-            settings.learning_rate,
-            steps=settings.steps,
-            warmup=settings.warmup_steps,
-            final_share=settings.final_share,
-        )
-        self._rates = optimizer.rates(schedule, settings.steps)
-        self._optimizer = optimizer.adamw(
-            schedule,
-            weight_decay=settings.weight_decay,
-            clip_norm=settings.clip_norm,
-            betas=(settings.beta1, settings.beta2),
-        )
+        self._optimizer, self._rates = _optimizer(settings)
         self.checkpoints = Checkpoints(folder / CHECKPOINTS, settings.keep)
         self._folder = folder
         flops = costs.train_flops(model.config, self._rows, self._length)
@@ -152,7 +142,7 @@ class Trainer:
         best = checkpoint.best_of(saved) or saved[-1]
         if best.step == self.done:
             return dict(self._state.params)
-        self._state = None  # there may not be room for two
+        del self._state  # there may not be room for two
         return self.checkpoints.restore(best.step, self._shapes()).params
 
     def close(self) -> None:
@@ -244,13 +234,31 @@ class Trainer:
         return any(saved.step == self.done for saved in self.checkpoints.saved())
 
     def _shapes(self) -> Any:
-        def make():
-            params = self.model.init(jax.random.key(0), np.zeros((1, 1), np.int32))[
-                "params"
-            ]
-            return step.initial_state(params, self._optimizer)
+        return checkpoint.shapes(
+            lambda params: step.initial_state(params, self._optimizer),
+            transformer.param_shapes(self.model),
+        )
 
-        return checkpoint.shapes(make)
+
+@functools.cache
+def _optimizer(settings: TrainSettings):
+    """AdamW and the learning rate of every step; the same for equal settings.
+
+    An optimiser is a static argument: another one would be compiled for again.
+    """
+    schedule = optimizer.schedule(
+        settings.learning_rate,
+        steps=settings.steps,
+        warmup=settings.warmup_steps,
+        final_share=settings.final_share,
+    )
+    found = optimizer.adamw(
+        schedule,
+        weight_decay=settings.weight_decay,
+        clip_norm=settings.clip_norm,
+        betas=(settings.beta1, settings.beta2),
+    )
+    return found, optimizer.rates(schedule, settings.steps)
 
 
 def _bits_per_byte(corpus: Corpus) -> float | None:

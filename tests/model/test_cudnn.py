@@ -13,7 +13,7 @@ from jax._src.cudnn import fused_attention_stablehlo as fused
 import minillm_jax as mj
 from minillm_jax import testing
 from minillm_jax.decoding import decode
-from minillm_jax.model import attention, cudnn, transformer
+from minillm_jax.model import attention, cudnn, scores, transformer
 from minillm_jax.model import cache as kv
 from minillm_jax.model.transformer import MiniLLM
 
@@ -86,8 +86,8 @@ def test_new_tokens_and_held_ones_are_put_together_exactly(
         held_v = held_v.at[row, :, slots].set(jnp.moveaxis(v[row], 1, 0))
     expected = attention.attend(
         *(q, held_k, held_v),
-        queries=attention.Places(jnp.stack(rows)),
-        keys=attention.Places(kv.slot_positions(first + length, 20, kv.SlotRule())),
+        queries=scores.Places(jnp.stack(rows)),
+        keys=scores.Places(kv.slot_positions(first + length, 20, kv.SlotRule())),
         scale=0.3,
     )
     actual = cudnn.attend_after(q, k, v, held_k, held_v, first=first, scale=0.3)
@@ -100,8 +100,8 @@ def test_one_token_attends_to_what_is_held(key, monkeypatch):
     held = jnp.array([1, 9], jnp.int32)
     expected = attention.attend(
         *(q, k, v),
-        queries=attention.Places(held[:, None] - 1),
-        keys=attention.Places(kv.slot_positions(held, 9, kv.SlotRule())),
+        queries=scores.Places(held[:, None] - 1),
+        keys=scores.Places(kv.slot_positions(held, 9, kv.SlotRule())),
         scale=0.3,
     )
     actual = cudnn.attend_held(q, k, v, held=held, scale=0.3)
@@ -114,7 +114,7 @@ def test_one_token_attends_to_what_is_held(key, monkeypatch):
 def test_a_sequence_attends_to_itself(key, monkeypatch, window):
     monkeypatch.setattr(fused, "dot_product_attention", definition)
     q, k, v, _, _ = random_call(key, batch=2, heads=2, groups=2, length=8, slots=1)
-    places = attention.Places(jnp.broadcast_to(jnp.arange(8), (2, 8)))
+    places = scores.Places(jnp.broadcast_to(jnp.arange(8), (2, 8)))
     rule = kv.SlotRule(window=window)
     expected = attention.attend(
         q, k, v, queries=places, keys=places, rule=rule, scale=0.3

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from minillm_jax.decoding import sampler, sampling
-from minillm_jax.model import attention, products
+from minillm_jax.model import attention, products, scores
 from minillm_jax.model import cache as kv
 
 
@@ -86,8 +86,8 @@ def test_attention_of_several_tokens(key, on, queries, rule, softcap):
     k = jax.random.normal(k_key, (batch, 2, slots, 8))
     v = jax.random.normal(v_key, (batch, 2, slots, 8))
     first = jnp.array([250, 0])[:, None]
-    places = attention.Places(first + jnp.arange(queries)[None])
-    held = attention.Places(kv.slot_positions(first[:, 0] + queries, slots, rule))
+    places = scores.Places(first + jnp.arange(queries)[None])
+    held = scores.Places(kv.slot_positions(first[:, 0] + queries, slots, rule))
 
     def attend(q, k, v):
         return attention.attend(

@@ -13,7 +13,7 @@ import pytest
 import minillm_jax as mj
 from minillm_jax import testing
 from minillm_jax.config import RopeScaling
-from minillm_jax.model import attention, layers
+from minillm_jax.model import attention, blockwise, layers, scores
 from minillm_jax.model import cache as kv
 
 LLAMA3 = RopeScaling(
@@ -278,7 +278,7 @@ def test_padding_changes_no_valid_logit(tiny):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """When called: blocks of 8 queries and keys; returns the sizes that are used."""
-    sizes, by_blocks = set(), attention._attend_by_blocks
+    sizes, by_blocks = set(), blockwise.attend_block
 
     def spy(q, k, *rest):
         sizes.add((q.shape[-2], k.shape[-2]))
@@ -287,7 +287,8 @@ def small_blocks(monkeypatch):
     def begin():
         monkeypatch.setattr(attention, "SCORE_BYTES", 1)
         monkeypatch.setattr(attention, "KEY_BLOCK", 8)
-        monkeypatch.setattr(attention, "_attend_by_blocks", spy)
+        monkeypatch.setattr(blockwise, "TRAINING_BLOCK", 8)
+        monkeypatch.setattr(blockwise, "attend_block", spy)
         jax.clear_caches()  # of what was traced with other blocks
         return sizes
 
@@ -371,8 +372,8 @@ def test_blocks_that_no_query_sees_are_skipped(small_blocks):
     small_blocks()
     q, k = jnp.ones((1, 1, 16, 4)), jnp.ones((1, 44, 4))
     v = jnp.ones((1, 44, 4)).at[:, :8].set(jnp.nan).at[:, 32:].set(jnp.nan)
-    queries = attention.Places(jnp.arange(16, 32))
-    keys = attention.Places(jnp.where(jnp.arange(44) < 32, jnp.arange(44), -1))
+    queries = scores.Places(jnp.arange(16, 32))
+    keys = scores.Places(jnp.where(jnp.arange(44) < 32, jnp.arange(44), -1))
     rule = kv.SlotRule(window=8)  # the first query sees from slot 9 on
     out = attention.attend(q, k, v, queries=queries, keys=keys, rule=rule)
     np.testing.assert_allclose(out, 1.0, rtol=1e-6)
@@ -385,8 +386,8 @@ def test_slots_of_two_key_blocks_count_once(dtype, in_place, small_blocks):
     tolerance = 1e-6 if dtype == "float32" else 2e-2
     q = jax.random.normal(jax.random.key(0), (2, 1, 9, 4)).astype(dtype)
     k, v = jax.random.normal(jax.random.key(1), (2, 2, 21, 4)).astype(dtype)
-    queries = attention.Places(jnp.arange(12, 21))
-    keys = attention.Places(jnp.arange(21))
+    queries = scores.Places(jnp.arange(12, 21))
+    keys = scores.Places(jnp.arange(21))
     wide = (a.astype(jnp.float32) for a in (q, k, v))
     whole = attention.attend(*wide, queries=queries, keys=keys)
     small_blocks()
