@@ -34,16 +34,23 @@ class UserError(Exception):
 
 
 _PRESETS = ", ".join(Configs.names)
+_FOLDERS = ("model", "workdir")  # flags that name a folder with a config of its own
 _USER_ERRORS = (
     *(UserError, validation.ConfigError, CacheOverflowError),
     *(TokenizerError, CheckpointError, DataError, TrainingError),
 )
 
 
-def run(main: Callable[[Any], None], *, optional: bool = False) -> None:
+def run(
+    main: Callable[[Any], None],
+    *,
+    optional: bool = False,
+    named: Callable[[], str | None] = lambda: None,
+) -> None:
     """Parses the command line and calls `main` with the config; exits.
 
-    Where it is `optional` and not given, `main` gets None.
+    Where it is `optional` and not given, `main` gets None. `named` may name a model's
+    folder in another way than by --model.
     """
     help_text = f"A config file, or a preset: {_PRESETS}"
     flag = config_flags.DEFINE_config_file("config", None, help_text)
@@ -54,7 +61,7 @@ def run(main: Callable[[Any], None], *, optional: bool = False) -> None:
 
     def with_config() -> None:
         if flag.value is not None:
-            _use_folder(flag.value, model.value)
+            _use_folder(flag.value, model.value or named())
         elif flag.present or not optional:
             raise UserError(_no_config())
         if cache.value is not None:
@@ -138,7 +145,7 @@ def _resolve_config(argv: list[str]) -> tuple[list[str], str | None]:
             argv[index : index + 2] = [f"--config={argv[index + 1]}"]
             return _resolve_config(argv)
     given = [i for i, a in enumerate(argv) if a.startswith(("--config=", "-config="))]
-    if not given and any(a.split("=")[0] in ("--model", "-model") for a in argv):
+    if not given and any(a.split("=")[0].lstrip("-") in _FOLDERS for a in argv):
         argv.insert(1, f"--config={Configs.names[0]}")  # for its other sections
         given = [1]
     if not given:

@@ -2,6 +2,7 @@
 
     python -m minillm_jax.cli.generate --config=small --prompt="Once upon a time"
     python -m minillm_jax.cli.generate --model=FOLDER --chat
+    python -m minillm_jax.cli.generate --workdir=runs/a --prompt="def "
 
 Every field of SamplingParams is a flag of the same name. The text goes to stdout,
 rates to stderr; with --json one object goes to stdout instead. Ctrl-C ends with what
@@ -24,6 +25,7 @@ from minillm_jax.model import cache as kv
 from minillm_jax.model import transformer
 from minillm_jax.planning import advice, memory
 from minillm_jax.text import tokenizer as tokenizers
+from minillm_jax.training import run_folder
 from minillm_jax.weights import load
 
 FLAGS = flags.FLAGS
@@ -36,6 +38,7 @@ def define_flags() -> None:
         *("tokenizer", None),
         "A tokenizer.json or its folder; else that of --model, or bytes.",
     )
+    flags.DEFINE_string("workdir", None, "A training run, whose best model is taken.")
     flags.DEFINE_bool("chat", False, "Talk: a line is a message, its answer follows.")
     flags.DEFINE_string("system", None, "The system message of a chat.")
     flags.DEFINE_bool("json", False, "Print one JSON object instead of the text.")
@@ -128,6 +131,19 @@ def main(config: Any) -> None:
         raise KeyboardInterrupt
 
 
+def trained() -> str | None:
+    """The model of --workdir; raises UserError where there is none yet."""
+    if FLAGS.workdir is None:
+        return None
+    folder = pathlib.Path(FLAGS.workdir) / run_folder.MODEL
+    if not folder.is_dir():
+        raise UserError(
+            f"--workdir={FLAGS.workdir}: has no model yet; cli.train writes it when a "
+            "run ends or is stopped"
+        )
+    return str(folder)
+
+
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    app.run(main, named=trained)

@@ -84,12 +84,12 @@ def main(config: Any) -> None:
     settings = _with_batch(model_config, settings, folder)
     model = transformer.create_model(model_config)
     weights = model_folder.folder(config)
+    with progress.spinner("reading the data"):
+        corpus = run_folder.documents(folder, model.config, settings, tokenizer)
     settings = run_folder.begin(
         *(folder, model.config, settings),
         weights=None if weights is None else str(weights),
     )
-    with progress.spinner("reading the data"):
-        corpus = run_folder.documents(folder, model.config, settings, tokenizer)
     trainer = train.Trainer(model, settings, corpus, folder)
     try:
         done = trainer.start(
@@ -149,7 +149,7 @@ def _with_batch(
     if (folder / run_folder.CONFIG).is_file():  # it did, and is resumed as it was
         return settings
     plan = memory.plan_memory(
-        config, settings.batch_size, settings.seq_len, training=True
+        config, settings.batch_size, settings.length(config), training=True
     )
     if not plan.fits:
         fitting = advice.until_it_fits(plan, advice.singles(plan))

@@ -82,7 +82,8 @@ class ByteTokenizer:
         It is byte-level BPE (GPT-2, Radford et al. 2019) without a merge.
         """
         vocab = {character: byte for byte, character in enumerate(_characters())}
-        level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+        flags = {"add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+        level = {"type": "ByteLevel", **flags}
         values = {
             "version": "1.0",
             "added_tokens": [],

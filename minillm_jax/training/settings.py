@@ -4,7 +4,7 @@ import dataclasses
 from typing import Annotated, Any
 
 from minillm_jax import validation
-from minillm_jax.config import Tokens
+from minillm_jax.config import ConfigError, ModelConfig, Tokens
 from minillm_jax.planning import automatic
 from minillm_jax.training import sources
 from minillm_jax.validation import Range
@@ -61,6 +61,16 @@ class TrainSettings:
     checkpoint_every: Annotated[int, _COUNT] = 100  # steps; the last one always
     keep: Annotated[int, _COUNT] = 2  # newest checkpoints, beside the best
     tensorboard: bool = True  # also write WORKDIR/tensorboard
+
+    def length(self, config: ModelConfig) -> int:
+        """Tokens of a row; raises ConfigError where the model does not take as many."""
+        longest = config.max_seq_len
+        if self.seq_len is not None and self.seq_len > longest:
+            raise ConfigError(
+                f"config.train.seq_len={self.seq_len}: must be at most max_seq_len="
+                f"{longest}; write {longest}, or raise config.model.max_seq_len"
+            )
+        return self.seq_len or longest
 
     def replace(self, **changes: Any) -> "TrainSettings":
         """New settings with `changes`, validated again."""

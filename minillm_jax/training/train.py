@@ -63,7 +63,7 @@ class Trainer:
         self.model, self.settings = model, settings
         self._on_row: Callable[[Row], None] = lambda row: None
         self._rows = int(settings.batch_size)
-        self._length = settings.seq_len or model.config.max_seq_len
+        self._length = settings.length(model.config)
         self._train, self._validation = (
             Packing(
                 *(corpus, corpus.split(validation=split), self._length),

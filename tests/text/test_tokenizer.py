@@ -55,6 +55,27 @@ def test_bytes_of_any_text_round_trip_deep(text):
     check_round_trip(text)
 
 
+@pytest.fixture(scope="module")
+def saved_bytes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bytes")
+    ByteTokenizer().save(folder)
+    return load_tokenizer(folder)
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=ANY_TEXT)
+@example(text="é\n\x00\U0001f600 \ud800")
+def test_bytes_as_a_file_are_the_same_bytes(saved_bytes, text):
+    tokens = ByteTokenizer().encode(text)
+    assert saved_bytes.encode(text) == tokens
+    assert saved_bytes.decode(tokens[1:]) == ByteTokenizer().decode(tokens[1:])
+
+
+def test_bytes_as_a_file_have_the_ids_of_bytes_and_no_other(saved_bytes):
+    assert saved_bytes.known_ids == frozenset(range(256))
+    assert saved_bytes.eos_token_ids == ()
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers() | st.integers(0, 255)))
 def test_ids_that_are_no_byte_decode_to_nothing(tokens):
