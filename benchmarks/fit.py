@@ -79,7 +79,7 @@ def check(config: ModelConfig, settings: DecodeSettings) -> MemoryPlan:
 def device_left() -> Device:
     """The device at hand without what the bandwidth's probe takes of it."""
     device = machine.this_device()
-    left = device.memory_bytes - measure.probe_bytes(device.platform)
+    left = max(0, device.memory_bytes - measure.probe_bytes(device.platform))
     return dataclasses.replace(device, memory_bytes=left)
 
 

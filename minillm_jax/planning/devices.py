@@ -6,15 +6,29 @@ touched here.
 """
 
 import dataclasses
+import numbers
 import re
 
 from minillm_jax import validation
 from minillm_jax.config import ConfigError
 
+_PLATFORMS = validation.OneOf(("gpu", "tpu", "cpu"))
+_RATE = validation.Range(1, 1e24)
+_NUMBERS = {
+    "memory_bytes": validation.Range(0, 1e18),
+    "bytes_per_second": _RATE,
+    "flops_per_second": _RATE,
+    "memory_fraction": validation.Range(0, 1),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """One accelerator, or a machine as somebody describes it."""
+    """One accelerator, or a machine as somebody describes it.
+
+    Raises:
+      ConfigError: for a field that cannot be, with its value and the rule.
+    """
 
     name: str  # what JAX calls a GPU of this kind, so that one can be recognised
     platform: str  # JAX's: "gpu", "tpu" or "cpu"
@@ -26,6 +40,27 @@ class Device:
     # What JAX takes of the memory: three quarters of a GPU's unless
     # XLA_CLIENT_MEM_FRACTION says otherwise (docs.jax.dev, "GPU memory allocation").
     memory_fraction: float = 1.0
+
+    def __post_init__(self) -> None:
+        problems = {name: self._number_problem(name) for name in _NUMBERS}
+        text = isinstance(self.platform, str)
+        rule = _PLATFORMS.problem(self.platform) if text else "must be a string"
+        problems["platform"] = rule
+        told = [
+            f"device.{name}={validation.shown(getattr(self, name))}: {problem}"
+            for name, problem in problems.items()
+            if problem is not None
+        ]
+        if told:
+            raise ConfigError(told)
+
+    def _number_problem(self, name: str) -> str | None:
+        value = getattr(self, name)
+        if value is None and _NUMBERS[name] is _RATE:
+            return None
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            return "must be a number"
+        return _NUMBERS[name].problem(float(value))
 
     @property
     def limit_bytes(self) -> int:

@@ -10,7 +10,7 @@ import functools
 import jax
 
 from minillm_jax import validation
-from minillm_jax.config import MAX_POSITIONS, ConfigError, ModelConfig, check_is_config
+from minillm_jax.config import MAX_POSITIONS, ConfigError, ModelConfig
 from minillm_jax.decoding import generator
 from minillm_jax.model import cache as kv
 from minillm_jax.planning import automatic, compiled, devices, machine
@@ -163,7 +163,7 @@ def plan_memory(
     Raises:
       ConfigError: for anything that is not as above.
     """
-    check_is_config(config)
+    kv.check_types(config, policy)
     device = find_device(device)
     if training and config.param_dtype == "auto":
         config = config.replace(param_dtype="float32")
@@ -185,6 +185,8 @@ def plan_memory(
     if isinstance(rows, Auto):
         chosen = rows.choose(plan(work, device).max_batch_size)
         work = dataclasses.replace(work, batch_size=chosen)
+    if not training:
+        kv.checked_capacity(work.config, work.allocated, policy)
     found = plan(work, device)
     return _compiled(found) if exact else found
 

@@ -1,5 +1,7 @@
 """The table of devices: complete, with a source each, and found by any spelling."""
 
+import math
+
 import pytest
 
 import minillm_jax as mj
@@ -69,3 +71,24 @@ def test_a_device_is_recognised_by_what_jax_calls_it(kind, name):
 @pytest.mark.parametrize("kind", ["cpu", "NVIDIA L40S", "NVIDIA H100 PCIe"])
 def test_another_kind_is_not_taken_for_one_of_them(kind):
     assert devices.of_kind(kind) is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"platform": "npu"}, "device.platform='npu': must be one of gpu, tpu, cpu"),
+        ({"platform": None}, "device.platform=None: must be a string"),
+        ({"memory_bytes": -1}, "device.memory_bytes=-1: must be a number in [0,"),
+        ({"memory_bytes": math.nan}, "device.memory_bytes=nan: must be a number"),
+        ({"memory_bytes": None}, "device.memory_bytes=None: must be a number"),
+        ({"bytes_per_second": 0}, "device.bytes_per_second=0: must be a number"),
+        ({"flops_per_second": math.inf}, "device.flops_per_second=inf: must be"),
+        ({"memory_fraction": 1.5}, "device.memory_fraction=1.5: must be a number"),
+        ({"memory_fraction": math.nan}, "device.memory_fraction=nan: must be a"),
+    ],
+)
+def test_a_device_that_cannot_be_is_a_config_error(fields, words):
+    given = {"name": "some", "platform": "gpu", "memory_bytes": 10**9} | fields
+    with pytest.raises(mj.ConfigError) as error:
+        devices.Device(**given)
+    assert words in str(error.value)
