@@ -16,9 +16,10 @@ from typing import Any
 
 from absl import flags
 
+from minillm_jax import validation
 from minillm_jax.cli import app, config_files, plan_plot, plan_report
 from minillm_jax.cli.app import UserError
-from minillm_jax.planning import memory
+from minillm_jax.planning import automatic, memory
 from minillm_jax.planning.devices import FRACTIONS, Device
 
 FLAGS = flags.FLAGS
@@ -34,13 +35,12 @@ def define_flags() -> None:
     )
     flags.DEFINE_bool("train", False, "Plan training, not generation.")
     flags.DEFINE_bool("exact", False, "Compile it here, and take XLA's figures.")
-    flags.DEFINE_float("memory_gb", None, "Memory of the device, 10^9 bytes.", 0.0)
-    flags.DEFINE_float("bandwidth_gbs", None, "What it reads, 10^9 bytes/s.", 0.0)
-    flags.DEFINE_float("tflops", None, "What it multiplies, 10^12 FLOP/s.", 0.0)
+    flags.DEFINE_float("memory_gb", None, "Memory of the device, 10^9 bytes.")
+    flags.DEFINE_float("bandwidth_gbs", None, "What it reads, 10^9 bytes/s.")
+    flags.DEFINE_float("tflops", None, "What it multiplies, 10^12 FLOP/s.")
     flags.DEFINE_float(
         *("memory_fraction", None),
         "What JAX takes of the memory: XLA_CLIENT_MEM_FRACTION.",
-        *(0.0, 1.0),
     )
     flags.DEFINE_bool("all", False, "The four presets beside the devices.")
     flags.DEFINE_bool("json", False, "Print one JSON object instead of the table.")
@@ -50,10 +50,10 @@ def define_flags() -> None:
 def device() -> Device:
     """The device of the flags; figures that are given replace those of its name."""
     given = {
-        "memory_bytes": _scaled(FLAGS.memory_gb, 1e9),
-        "bytes_per_second": _scaled(FLAGS.bandwidth_gbs, 1e9),
-        "flops_per_second": _scaled(FLAGS.tflops, 1e12),
-        "memory_fraction": FLAGS.memory_fraction,
+        "memory_bytes": _scaled("memory_gb", 1e9),
+        "bytes_per_second": _scaled("bandwidth_gbs", 1e9),
+        "flops_per_second": _scaled("tflops", 1e12),
+        "memory_fraction": _within("memory_fraction", validation.Range(0, 1)),
     }
     if FLAGS.device is None and FLAGS.memory_gb is not None:
         found = Device("the GPU given", "gpu", 0, memory_fraction=FRACTIONS["gpu"])
@@ -63,8 +63,18 @@ def device() -> Device:
     return dataclasses.replace(found, **changes)
 
 
-def _scaled(number: float | None, unit: float) -> int | None:
+def _scaled(name: str, unit: float) -> int | None:
+    number = _within(name, validation.Range(0.001, 1e6))
     return None if number is None else int(number * unit)
+
+
+def _within(name: str, bounds: validation.Range) -> float | None:
+    """A flag's number; absl's own bounds let NaN through."""
+    number = FLAGS[name].value
+    problem = None if number is None else bounds.problem(number)
+    if problem is not None:
+        raise UserError(f"--{name}={number}: {problem}")
+    return number
 
 
 def plan(config: Any) -> memory.MemoryPlan:
@@ -72,17 +82,12 @@ def plan(config: Any) -> memory.MemoryPlan:
     target = device()
     return memory.plan_memory(
         config_files.model_config(config, target),
-        _number(FLAGS.batch_size),
-        None if FLAGS.context is None else _number(FLAGS.context),
+        automatic.from_text(FLAGS.batch_size),
+        None if FLAGS.context is None else automatic.from_text(FLAGS.context),
         target,
         training=FLAGS.train,
         exact=FLAGS.exact,
     )
-
-
-def _number(text: str) -> int | str:
-    """A flag that is a number or automatic; what is neither, the planner refuses."""
-    return int(text) if text.isdecimal() else text
 
 
 def main(config: Any) -> None:

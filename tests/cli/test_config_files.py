@@ -212,6 +212,13 @@ def test_an_automatic_cache_that_cannot_be_is_a_config_error(value, words):
     assert str(error.value).startswith(f"config.model.{words}")
 
 
+def test_what_is_not_automatic_is_told_with_its_rule():
+    with pytest.raises(mj.ConfigError) as error:
+        config_files.DecodeSettings(batch_size="auto: 5")
+    rule = 'must be a whole number, "auto", or "auto:64" for at most 64'
+    assert str(error.value) == f"batch_size='auto: 5': {rule}"
+
+
 @pytest.mark.parametrize(
     ("flag", "field", "value"),
     [

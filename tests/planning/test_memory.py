@@ -14,6 +14,13 @@ from minillm_jax.planning.devices import Device
 NAMES = ("t4", "rtx4090", "h200", "v5e")
 
 
+WINDOW = mj.Configs.small().replace(sliding_window=64)
+
+
+def sinks(count):
+    return mj.CachePolicy(overflow="ring", num_sinks=count)
+
+
 def sized(gigabytes, platform="gpu"):
     return Device("some", platform, int(gigabytes * 1e9))
 
@@ -172,6 +179,12 @@ def test_a_known_device_at_hand_has_its_own_rates(monkeypatch):
         ({"context": 2**30}, "context=1073741824: must be a number"),
         ({"device": "h300"}, "did you mean h200"),
         ({"device": 80e9}, "device=80000000000.0: must be a name or Device"),
+        ({"batch_size": "auto:" + "9" * 5000}, "must be a number in [1, 1048576]"),
+        ({"batch_size": "auto: 5"}, "batch_size='auto: 5': must be a whole number"),
+        ({"policy": "ring"}, "policy='ring': must be a CachePolicy"),
+        ({"policy": None}, "policy=None: must be a CachePolicy"),
+        ({"policy": sinks(4000)}, "num_sinks=4000: must be below the capacity"),
+        ({"policy": sinks(4), "config": WINDOW}, "num_sinks=4: sliding-window layers"),
     ],
 )
 def test_what_cannot_be_planned_is_a_config_error(arguments, words):
