@@ -23,6 +23,7 @@ from minillm_jax.decoding.sampling import SamplingParams
 from minillm_jax.model import cache as kv
 from minillm_jax.model import transformer
 from minillm_jax.planning import advice, memory
+from minillm_jax.planning.workload import Workload
 from minillm_jax.text import tokenizer as tokenizers
 from minillm_jax.weights import load
 
@@ -69,7 +70,10 @@ def check(
         sampling=sampling,
     )
     tokens = min(len(prompt) + asked.budget, config.max_kv_cache_len)
-    plan = memory.plan_memory(config, context=tokens, policy=policy)
+    device = memory.find_device("this")
+    config = config.resolve(device.platform)
+    work = Workload(config=config, batch_size=1, context=tokens, policy=policy)
+    plan = memory.plan(work, device)
     if plan.fits:
         return
     changes = advice.singles(plan, trained=trained, model_only=True)

@@ -31,7 +31,7 @@ def define_flags() -> None:
     flags.DEFINE_string("batch_size", "1", 'Rows, or "auto": the most that fit.')
     flags.DEFINE_string(
         *("context", None),
-        'Tokens of a row, "auto" or "auto:65536"; else max_kv_cache_len.',
+        'Tokens of a row, "auto" or "auto:65536", in the place of max_kv_cache_len.',
     )
     flags.DEFINE_bool("train", False, "Plan training, not generation.")
     flags.DEFINE_bool("exact", False, "Compile it here, and take XLA's figures.")

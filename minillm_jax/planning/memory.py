@@ -11,7 +11,6 @@ import jax
 
 from minillm_jax import validation
 from minillm_jax.config import MAX_POSITIONS, ConfigError, ModelConfig
-from minillm_jax.decoding import generator
 from minillm_jax.model import cache as kv
 from minillm_jax.planning import automatic, compiled, devices, machine
 from minillm_jax.planning.automatic import Auto
@@ -69,7 +68,7 @@ class MemoryPlan:
 
     @property
     def config(self) -> ModelConfig:
-        """Resolved for the device; with a longer cache than given if planned so."""
+        """Resolved for the device, and made for the context that is planned."""
         return self.workload.config
 
     @property
@@ -111,18 +110,16 @@ class MemoryPlan:
     def max_context(self) -> int:
         """The longest context of this many rows that fits; 0 = none.
 
-        Above the config's `max_kv_cache_len` (of training, `max_seq_len`) it is what
-        that could be raised to; below, the largest capacity that a Generator allocates.
+        It is what the config's `max_kv_cache_len` (of training, `max_seq_len`) could be
+        raised to, or must be lowered to, with the lengths that depend on it.
         """
         work = dataclasses.replace(self.workload, capacity=None)
 
         def fits(context: int) -> bool:
-            return plan(work.with_context(context), self.device).fits
+            longer = work.with_context(max(context, work.least_context))
+            return plan(longer, self.device).fits
 
-        if work.training or fits(work.config.max_kv_cache_len):
-            return automatic.largest(fits, MAX_POSITIONS)
-        sizes = generator.capacities(work.config, work.policy)
-        return max((size for size in sizes if fits(size)), default=0)
+        return automatic.largest(fits, MAX_POSITIONS)
 
     def refusal(self) -> str:
         """Why it does not fit, for the user of a command line."""
@@ -149,8 +146,8 @@ def plan_memory(
       config: dtypes "auto" become those of the device.
       batch_size: rows; "auto" = the most that fit, "auto:64" = at most 64.
       context: tokens that a row of the cache holds, or of a training sequence. None =
-        `max_kv_cache_len`, or `max_seq_len`; beyond them the config is planned as if
-        they were raised. "auto" and "auto:65536" = the longest that fits, chosen before
+        `max_kv_cache_len`, or `max_seq_len`; with another the config is planned as if
+        they were that. "auto" and "auto:65536" = the longest that fits, chosen before
         an automatic batch size.
       device: a name of `devices.DEVICES`, "cpu" (the host), "this" (the first of
         `jax.devices()`, with the memory it has left), or a Device.
@@ -180,7 +177,8 @@ def plan_memory(
         training=training,
     )
     if isinstance(tokens, Auto):
-        tokens = tokens.choose(plan(work, device).max_context)
+        longest = plan(work, device).max_context
+        tokens = tokens.choose(longest, least=work.least_context)
     work = work.with_context(tokens)
     if isinstance(rows, Auto):
         chosen = rows.choose(plan(work, device).max_batch_size)

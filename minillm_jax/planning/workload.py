@@ -18,6 +18,23 @@ CPU_LIBRARY_WIDTH = 1.5  # bytes of each token's gated features in every layer
 Moments = dict[str, dict[str, int]]  # moment -> class -> bytes alive then
 
 
+def of_length(
+    config: ModelConfig, tokens: int, *, training: bool = False
+) -> ModelConfig:
+    """The config for rows of so many tokens in a cache, or of a training sequence.
+
+    Its other lengths are shortened or raised where they must be.
+    """
+    longest = max(config.max_kv_cache_len, tokens) if training else tokens
+    sequence = tokens if training else min(config.max_seq_len, tokens)
+    fields = {"max_kv_cache_len": longest, "max_seq_len": sequence}
+    chunk = config.given().get("prefill_chunk")
+    if chunk is not None:
+        fields["prefill_chunk"] = min(chunk, longest)
+    same = all(getattr(config, name) == value for name, value in fields.items())
+    return config if same else config.replace(**fields)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Workload:
     """Rows of some tokens, generated with a cache or trained on."""
@@ -32,13 +49,14 @@ class Workload:
     training: bool = False
 
     def with_context(self, context: int) -> "Workload":
-        """The same of another context; the config grows where it must."""
-        name = "max_seq_len" if self.training else "max_kv_cache_len"
-        config = self.config
-        if context > getattr(config, name):
-            longest = max(config.max_kv_cache_len, context)
-            config = config.replace(**{"max_kv_cache_len": longest, name: context})
+        """The same of another context, which the config is made for."""
+        config = of_length(self.config, context, training=self.training)
         return dataclasses.replace(self, config=config, context=context)
+
+    @property
+    def least_context(self) -> int:
+        """Tokens of the shortest row there can be: one more than the sinks."""
+        return 1 if self.training else self.policy.num_sinks + 1
 
     @property
     def allocated(self) -> int:

@@ -88,6 +88,34 @@ def test_a_context_beyond_the_config_is_planned_as_if_that_were_raised():
     assert longer.config.max_seq_len == 8192
 
 
+@pytest.mark.parametrize("chunk", [None, 300])
+@pytest.mark.parametrize("gigabytes", [15, 17, 20])
+def test_a_context_below_the_config_is_planned_as_if_that_were_lowered(
+    gigabytes, chunk
+):
+    config = mj.Configs.xlarge().replace(prefill_chunk=chunk)
+    found = mj.plan_memory(config, device=sized(gigabytes)).max_context
+    assert 0 < found < config.max_kv_cache_len
+
+    def lowered(longest):
+        fields = {"max_kv_cache_len": longest}
+        fields["max_seq_len"] = min(config.max_seq_len, longest)
+        if chunk is not None:
+            fields["prefill_chunk"] = min(chunk, longest)
+        return mj.plan_memory(config.replace(**fields), device=sized(gigabytes))
+
+    assert lowered(found).fits
+    assert not lowered(found + 1).fits
+    assert lowered(found) == mj.plan_memory(config, 1, found, sized(gigabytes))
+    assert lowered(found) == mj.plan_memory(config, 1, "auto", sized(gigabytes))
+
+
+def test_the_shortest_context_of_a_ring_holds_its_sinks_and_a_token():
+    config, policy = mj.Configs.xlarge(), sinks(40)
+    plan = mj.plan_memory(config, 1, "auto", sized(2), policy=policy)
+    assert (plan.context, plan.fits, plan.max_context) == (41, False, 0)
+
+
 @pytest.mark.parametrize("device", NAMES)
 def test_automatic_numbers_are_the_largest_that_fit(device):
     config = mj.Configs.large()
@@ -184,6 +212,7 @@ def test_a_known_device_at_hand_has_its_own_rates(monkeypatch):
         ({"policy": "ring"}, "policy='ring': must be a CachePolicy"),
         ({"policy": None}, "policy=None: must be a CachePolicy"),
         ({"policy": sinks(4000)}, "num_sinks=4000: must be below the capacity"),
+        ({"policy": sinks(4), "context": 4}, "num_sinks=4: must be below the capacity"),
         ({"policy": sinks(4), "config": WINDOW}, "num_sinks=4: sliding-window layers"),
     ],
 )
