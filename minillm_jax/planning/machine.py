@@ -5,9 +5,11 @@ A `device` is one of `jax.devices()`, where it is not the planner's `Device`.
 
 import dataclasses
 import importlib.metadata
+import math
 import os
 import pathlib
 import platform
+import re
 from typing import Any
 
 import jax
@@ -25,13 +27,26 @@ def host() -> devices.Device:
 def this_device() -> devices.Device:
     """The first of `jax.devices()`, with what it has left, to plan for."""
     device = jax.devices()[0]
-    left, known = available_bytes(device), devices.of_kind(device.device_kind)
-    if known is None:
-        name = device_name(device)
-        return devices.Device(name, device.platform, left, source=_HERE)
-    return dataclasses.replace(
-        known, memory_bytes=left, memory_fraction=1.0, source=_HERE
-    )
+    fraction = _fraction(device.platform)
+    found = {
+        "memory_bytes": math.ceil(available_bytes(device) / fraction),
+        "memory_fraction": fraction,
+        "source": _HERE,
+    }
+    known = devices.of_kind(device.device_kind)
+    if known is not None:
+        return dataclasses.replace(known, **found)
+    return devices.Device(device_name(device), device.platform, **found)
+
+
+def _fraction(platform: str) -> float:
+    """What JAX takes of the memory, as far as it can be told."""
+    usual = devices.FRACTIONS.get(platform, 1.0)
+    names = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+    told = next((os.environ[name] for name in names if name in os.environ), "")
+    if platform != "gpu" or not re.fullmatch(r"\d*\.?\d+", told):
+        return usual
+    return min(float(told), 1.0) or usual
 
 
 def device_name(device: Any) -> str:

@@ -67,6 +67,11 @@ class MemoryPlan:
         return self.total_bytes <= self.limit_bytes
 
     @property
+    def exact(self) -> bool:
+        """Whether the bytes are XLA's; `max_batch_size`, `max_context` never are."""
+        return any("compiled" in classes for classes in self.moments.values())
+
+    @property
     def config(self) -> ModelConfig:
         """Resolved for the device, and made for the context that is planned."""
         return self.workload.config
@@ -123,7 +128,8 @@ class MemoryPlan:
 
     def refusal(self) -> str:
         """Why it does not fit, for the user of a command line."""
-        parts = [f"{name} {gigabytes(n)}" for name, n in self.bytes_by_class.items()]
+        shown = {n: gigabytes(size) for n, size in self.bytes_by_class.items()}
+        parts = [f"{n} {size}" for n, size in shown.items() if size != gigabytes(0)]
         return (
             f"does not fit: {', '.join(parts)}; {gigabytes(self.total_bytes)} in all, "
             f"but {gigabytes(self.limit_bytes)} are available on {self.device.name}"

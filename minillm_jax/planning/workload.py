@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 
@@ -47,11 +48,20 @@ class Workload:
     policy: kv.CachePolicy = kv.CachePolicy()
     forward_tokens: int = 0  # of the longest forward without cache
     training: bool = False
+    # What `config` was before a context shortened it, where one did.
+    longer: ModelConfig | None = dataclasses.field(default=None, compare=False)
 
     def with_context(self, context: int) -> "Workload":
         """The same of another context, which the config is made for."""
-        config = of_length(self.config, context, training=self.training)
-        return dataclasses.replace(self, config=config, context=context)
+        longer = self.longer or self.config
+        config = of_length(longer, context, training=self.training)
+        return dataclasses.replace(self, config=config, context=context, longer=longer)
+
+    def with_model(self, **changes: Any) -> "Workload":
+        """The same with other fields of the config."""
+        longer = self.longer and self.longer.replace(**changes)
+        config = self.config.replace(**changes)
+        return dataclasses.replace(self, config=config, longer=longer)
 
     @property
     def least_context(self) -> int:

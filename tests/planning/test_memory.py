@@ -110,6 +110,16 @@ def test_a_context_below_the_config_is_planned_as_if_that_were_lowered(
     assert lowered(found) == mj.plan_memory(config, 1, "auto", sized(gigabytes))
 
 
+@pytest.mark.parametrize(("gigabytes", "training"), [(0.95, False), (20, True)])
+def test_the_longest_context_is_that_whatever_context_is_planned(gigabytes, training):
+    config = mj.Configs.medium().replace(num_kv_heads=4)
+    device, found = sized(gigabytes), set()
+    for context in (1, 67, None, 5000):
+        plan = mj.plan_memory(config, 21, context, device, training=training)
+        found.add(plan.max_context)
+    assert len(found) == 1
+
+
 def test_the_shortest_context_of_a_ring_holds_its_sinks_and_a_token():
     config, policy = mj.Configs.xlarge(), sinks(40)
     plan = mj.plan_memory(config, 1, "auto", sized(2), policy=policy)
@@ -181,7 +191,10 @@ def test_this_machine_has_what_it_has_left(monkeypatch):
     assert plan.device.platform == jax.default_backend()
 
 
-def test_a_known_device_at_hand_has_its_own_rates(monkeypatch):
+@pytest.fixture
+def a_gpu(monkeypatch):
+    """An L4 at hand, with 16 GB of what JAX takes of it left."""
+
     class Here:
         platform, device_kind = "gpu", "NVIDIA L4"
 
@@ -189,9 +202,27 @@ def test_a_known_device_at_hand_has_its_own_rates(monkeypatch):
             return {"bytes_limit": 17 * 10**9, "bytes_in_use": 10**9}
 
     monkeypatch.setattr(jax, "devices", lambda: [Here()])
+    monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION", raising=False)
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+
+
+def test_a_known_device_at_hand_has_its_own_rates(a_gpu):
     found = memory.find_device("this")
     assert found.limit_bytes == 16 * 10**9
     assert found.bytes_per_second == devices.DEVICES["l4"].bytes_per_second
+
+
+@pytest.mark.parametrize(
+    ("told", "fraction"), [(None, 0.75), (".9", 0.9), ("much", 0.75), ("0", 0.75)]
+)
+def test_a_gpu_at_hand_has_the_fraction_that_jax_is_told(
+    monkeypatch, a_gpu, told, fraction
+):
+    if told is not None:
+        monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", told)
+    found = memory.find_device("this")
+    assert found.memory_fraction == fraction
+    assert found.limit_bytes == pytest.approx(16 * 10**9, abs=1)
 
 
 @pytest.mark.parametrize(
@@ -229,6 +260,12 @@ def test_a_refusal_names_the_classes_and_the_limit():
     text = plan.refusal()
     for words in ("weights 13.5 GB", "cache 8.6 GB", "12.0 GB are available", "Tesla"):
         assert words in text
+
+
+def test_a_refusal_leaves_out_what_rounds_to_nothing():
+    text = mj.plan_memory(mj.Configs.xlarge(), device="t4").refusal()
+    assert "converted copies" not in text
+    assert " 0.0 GB" not in text
 
 
 def test_a_plan_is_a_value():
