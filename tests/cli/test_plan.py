@@ -77,6 +77,23 @@ def test_all_presets_on_all_devices():
     assert len(found) == len(mj.Configs.names) * len(devices.DEVICES)
 
 
+def test_what_the_rates_are_of_is_told_and_what_is_missing_for_them():
+    done = run("--config=small", "--memory_gb=48", "--bandwidth_gbs=900")
+    assert "No best case: give --bandwidth_gbs and --tflops." in done.stdout
+    done = run("--config=small", "--device=l4", "--context=600")
+    assert "tok/s: all rows together, each holding 600 tokens." in done.stdout
+    done = run("--config=small", "--device=l4", "--train")
+    assert "best case" not in done.stdout
+
+
+def test_what_is_estimated_beside_exact_bytes_is_told():
+    asked = ["--config=small", "--device=cpu", "--config.model.num_layers=1"]
+    done = run(*asked, "--exact")
+    assert "bytes above are XLA's; all below is estimated" in done.stdout
+    assert json.loads(run(*asked, "--exact", "--json").stdout)["exact"]
+    assert "estimated" not in run(*asked).stdout
+
+
 def test_training_is_planned_too():
     found = json.loads(run("--config=small", "--device=t4", "--train", "--json").stdout)
     assert found["plan"] == "training"
