@@ -10,6 +10,7 @@ import os
 import pathlib
 import platform
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -17,6 +18,16 @@ import jax
 from minillm_jax.planning import devices
 
 _HERE = "what this machine has left"  # the source of a device that is found
+_ROOT = pathlib.Path("/")
+# Of cgroups by controller, "" = version 2: the folder, the files of the limit and of
+# what is used, and what `memory.stat` calls the cached files that are not in use.
+_CGROUP_FILES = {
+    "": ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    "memory": (
+        *("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+        "total_inactive_file",
+    ),
+}
 
 
 def host() -> devices.Device:
@@ -57,7 +68,7 @@ def device_name(device: Any) -> str:
 def _processor() -> str:
     names = [
         line.split(":", 1)[1].strip()
-        for line in _lines("/proc/cpuinfo")
+        for line in _lines("proc/cpuinfo")
         if line.startswith("model name")
     ]
     model = names[0] if names else platform.processor() or platform.machine()
@@ -102,31 +113,47 @@ def peak_bytes(device: Any) -> int | None:
 
 
 def _host_available() -> int:
-    limits = [_available(), _cgroup_available()]
-    return min(limit for limit in limits if limit is not None)
+    limits = [_available(), *_cgroups_available()]
+    return max(0, min(limits))
 
 
 def _available() -> int:
-    for line in _lines("/proc/meminfo"):
+    for line in _lines("proc/meminfo"):
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _cgroup_available() -> int | None:
-    """What a container's limit (cgroup version 2) leaves, where there is one."""
-    limit = _lines("/sys/fs/cgroup/memory.max")
-    used = _lines("/sys/fs/cgroup/memory.current")
-    stat = _lines("/sys/fs/cgroup/memory.stat")
-    if not limit or not used or limit[0].strip() == "max":
+def _cgroups_available() -> Iterator[int]:
+    """What the limit of each group that this process is in leaves, where it has one.
+
+    A container may not see the folder of its own group, but has its limits at the root.
+    """
+    for line in _lines("proc/self/cgroup"):
+        _, controllers, path = line.split(":", 2)
+        kind = "memory" if "memory" in controllers.split(",") else controllers
+        if kind not in _CGROUP_FILES:
+            continue
+        root, *names = _CGROUP_FILES[kind]
+        group = pathlib.PurePosixPath(path.lstrip("/"))
+        for folder in (group, *group.parents):
+            left = _left_in(f"{root}/{folder}", *names)
+            if left is not None:
+                yield left
+
+
+def _left_in(folder: str, limit: str, used: str, inactive: str) -> int | None:
+    """Bytes below a group's limit; what the kernel would give up counts as left."""
+    most, taken = _lines(f"{folder}/{limit}"), _lines(f"{folder}/{used}")
+    if not most or not taken or not most[0].strip().isdecimal():  # "max" = none
         return None
-    files = [line.split()[1] for line in stat if line.startswith("inactive_file ")]
-    taken = int(used[0]) - sum(int(size) for size in files)  # the kernel gives those up
-    return max(0, int(limit[0]) - taken)
+    stat = [line.split() for line in _lines(f"{folder}/memory.stat")]
+    files = sum(int(line[1]) for line in stat if line[:1] == [inactive])
+    return int(most[0]) - int(taken[0]) + files
 
 
 def _lines(path: str) -> list[str]:
     try:
-        return pathlib.Path(path).read_text().splitlines()
+        return (_ROOT / path).read_text().splitlines()
     except OSError:
         return []
