@@ -68,6 +68,7 @@ class Device:
         return int(self.memory_bytes * self.memory_fraction)
 
 
+AT_HAND = ("cpu", "this")  # names of what machine.py finds
 FRACTIONS = {"gpu": 0.75}  # by platform, where it is not all of the memory
 _GB = 10**9
 _NVIDIA = "https://www.nvidia.com/en-us/data-center"
@@ -109,15 +110,28 @@ _KINDS = {"TPU v5 lite": "TPU v5e", "TPU v5": "TPU v5p", "TPU v6 lite": "TPU v6e
 def find(name: str) -> Device:
     """The device called so, however it is spelled: "RTX 4090", "tpu-v5e", "H200".
 
+    What JAX calls it will do too.
+
     Raises:
       ConfigError: if there is none, with the names there are.
     """
-    spelled = {_plain(known): device for known, device in DEVICES.items()}
-    device = spelled.get(_plain(name))
+    spelled = {_plain(device.name): device for device in DEVICES.values()}
+    spelled |= {_plain(known): device for known, device in DEVICES.items()}
+    device = of_kind(name) or spelled.get(_plain(name))
     if device is None:
-        hint = validation.did_you_mean(name.lower(), DEVICES)
-        raise ConfigError(f"device={name!r}: must be one of {', '.join(DEVICES)}{hint}")
+        known = ", ".join((*DEVICES, *AT_HAND))
+        given = validation.shown(name)
+        raise ConfigError(f"device={given}: must be one of {known}{_hint(name)}")
     return device
+
+
+def _hint(name: str) -> str:
+    """What may have been meant: several where they begin so."""
+    plain = _plain(name)
+    longer = [known for known in DEVICES if plain and _plain(known).startswith(plain)]
+    if longer:
+        return f"; write {' or '.join(longer)}"
+    return validation.did_you_mean(name.lower(), (*DEVICES, *AT_HAND))
 
 
 def of_kind(kind: str) -> Device | None:
@@ -127,5 +141,5 @@ def of_kind(kind: str) -> Device | None:
 
 
 def _plain(name: str) -> str:
-    words = re.sub(r"nvidia|geforce|google|cloud|tpu", "", name.lower())
+    words = re.sub(r"nvidia|geforce|tesla|google|cloud|tpu", "", name.lower())
     return re.sub(r"[^a-z0-9]", "", words)

@@ -228,9 +228,10 @@ def find_device(device: str | Device) -> Device:
         raise ConfigError(
             f"device={validation.shown(device)}: must be a name or Device"
         )
-    if device == "this":
-        return machine.this_device()
-    return machine.host() if device == "cpu" else devices.find(device)
+    found = {"this": machine.this_device, "cpu": machine.host}.get(
+        device.strip().lower()
+    )
+    return devices.find(device) if found is None else found()
 
 
 def gigabytes(size: int) -> str:

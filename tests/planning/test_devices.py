@@ -36,15 +36,30 @@ def test_every_device_has_all_figures_and_their_source(name):
         ("a100_40gb", "a100-40gb"),
         ("TPU v5e", "v5e"),
         ("tpu-v6e", "v6e"),
+        ("Tesla T4", "t4"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80gb"),
+        ("TPU v5 lite", "v5e"),
+        ("TPU v5", "v5p"),
+        ("TPU v6 lite", "v6e"),
+        *((device.name, name) for name, device in devices.DEVICES.items()),
     ],
 )
 def test_a_device_is_found_by_any_spelling(spelled, name):
     assert devices.find(spelled) is devices.DEVICES[name]
 
 
-@pytest.mark.parametrize("name", ["h300", "", "a100", "rtx4900"])
+@pytest.mark.parametrize("name", ["h300", "", "a100", "rtx4900", "NVIDIA H100 PCIe"])
 def test_an_unknown_device_names_those_there_are(name):
-    with pytest.raises(mj.ConfigError, match=r"must be one of h200, .*, v4"):
+    with pytest.raises(mj.ConfigError, match=r"must be one of h200, .*, v4, cpu, this"):
+        devices.find(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "offered"), [("A100", "a100-80gb or a100-40gb"), ("v5", "v5p or v5e")]
+)
+def test_a_name_that_several_begin_with_offers_them(name, offered):
+    with pytest.raises(mj.ConfigError, match=f"; write {offered}$"):
         devices.find(name)
 
 

@@ -184,6 +184,11 @@ def test_exact_is_for_the_platform_at_hand():
         mj.plan_memory(mj.Configs.small(), device="h200", exact=True)
 
 
+@pytest.mark.parametrize("name", ["cpu", "CPU", "this", "This"])
+def test_the_machine_at_hand_is_found_by_any_case(name):
+    assert memory.find_device(name).source == "what this machine has left"
+
+
 def test_this_machine_has_what_it_has_left(monkeypatch):
     monkeypatch.setattr(machine, "available_bytes", lambda device: 3 * 10**9)
     plan = mj.plan_memory(mj.Configs.small())
