@@ -23,6 +23,10 @@ from minillm_jax.planning import automatic, memory
 from minillm_jax.planning.devices import FRACTIONS, Device
 
 FLAGS = flags.FLAGS
+_OF_ONE = (  # flags of a single plan
+    *("device", "batch_size", "context", "exact", "plot"),
+    *("memory_gb", "bandwidth_gbs", "tflops", "memory_fraction"),
+)
 
 
 def define_flags() -> None:
@@ -90,11 +94,21 @@ def plan(config: Any) -> memory.MemoryPlan:
     )
 
 
+def _check_all(config: Any) -> None:
+    """Raises UserError for flags that the table of presets has no use for."""
+    if config is not None:
+        raise UserError("--all: plans the presets; leave --config and --model out")
+    given = [f"--{name}" for name in _OF_ONE if FLAGS[name].present]
+    if given:
+        raise UserError(
+            f"--all: plans one row on every device; leave {', '.join(given)} out"
+        )
+
+
 def main(config: Any) -> None:
     """Plans, then prints and draws."""
     if FLAGS.all:
-        if config is not None:
-            raise UserError("--all: plans the presets; leave --config and --model out")
+        _check_all(config)
         found = plan_report.presets_by_device(FLAGS.train)
         print(json.dumps(found) if FLAGS.json else plan_report.markdown(found))
         return

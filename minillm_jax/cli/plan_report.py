@@ -229,7 +229,8 @@ def markdown(found: list[dict[str, Any]]) -> str:
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
 
     add("weights", [_gb(row["weights_bytes"]) for row in first])
-    add("cache of one row", [_gb(row["cache_bytes"]) for row in first])
+    if any(row["cache_bytes"] for row in first):  # training has none
+        add("cache of one row", [_gb(row["cache_bytes"]) for row in first])
     add("in all, one row", [_gb(row["total_bytes"]) for row in first])
     for short in dict.fromkeys(row["device"] for row in found):
         rows = [by_key[name, short] for name in presets]

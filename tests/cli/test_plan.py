@@ -77,6 +77,12 @@ def test_all_presets_on_all_devices():
     assert len(found) == len(mj.Configs.names) * len(devices.DEVICES)
 
 
+def test_training_on_all_devices_has_no_cache():
+    done = run("--all", "--train")
+    assert "weights" in done.stdout
+    assert "cache" not in done.stdout
+
+
 def test_what_the_rates_are_of_is_told_and_what_is_missing_for_them():
     done = run("--config=small", "--memory_gb=48", "--bandwidth_gbs=900")
     assert "No best case: give --bandwidth_gbs and --tflops." in done.stdout
@@ -128,6 +134,10 @@ def test_the_picture_is_a_png(tmp_path, kind):
     [
         ((), "--config is missing; or give --model=FOLDER, or --all"),
         (("--config=small", "--all"), "--all: plans the presets"),
+        (("--all", "--device=t4", "--plot=a.png"), "leave --device, --plot out"),
+        (("--all", "--batch_size=1"), "leave --batch_size out"),
+        (("--all", "--memory_gb=4", "--json"), "leave --memory_gb out"),
+        (("--all", "--noexact", "--context=64"), "leave --context, --exact out"),
         (("--config=small", "--device=h300"), "did you mean h200"),
         (("--config=small", "--batch_size=many"), "batch_size='many': must be"),
         (("--config=small", "--context=0"), "context=0: must be"),
