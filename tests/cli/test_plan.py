@@ -9,6 +9,7 @@ import sys
 import pytest
 
 import minillm_jax as mj
+from minillm_jax.cli import plan_plot
 from minillm_jax.planning import devices
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -127,6 +128,18 @@ def test_the_picture_is_a_png(tmp_path, kind):
     done = run("--config=medium", "--device=l4", f"--plot={path}", kind)
     assert done.returncode == 0, done.stderr
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("device", ["h200", "t4"])
+@pytest.mark.parametrize("context", [1, 300, 4096, 10**6])
+def test_the_picture_goes_beyond_what_is_planned_but_not_far(context, device):
+    plan = mj.plan_memory(mj.Configs.small(), context=context, device=device)
+    drawn = plan_plot._contexts(plan)
+    assert drawn == sorted(set(drawn))
+    assert len(drawn) > 8
+    assert context < drawn[-1] <= max(16 * context, 512)
+    shorter = min(plan.max_context, 8 * context)
+    assert shorter < drawn[-1]
 
 
 @pytest.mark.parametrize(
