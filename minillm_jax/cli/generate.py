@@ -88,7 +88,7 @@ def refusal(
         plan, advice.singles(plan, trained=trained, **least), **least
     )
     if fitting is None:
-        return plan.refusal()
+        return f"{plan.refusal()}; nothing smaller fits either"
     words = fitting.change.settings(config, fitting.plan.config)
     size = memory.gigabytes(fitting.plan.total_bytes)
     return f"{plan.refusal()}; this fits, with {size}: {words}"

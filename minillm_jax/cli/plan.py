@@ -62,7 +62,7 @@ def device() -> Device:
     if FLAGS.device is None and FLAGS.memory_gb is not None:
         found = Device("the GPU given", "gpu", 0, memory_fraction=FRACTIONS["gpu"])
     else:
-        found = memory.find_device(FLAGS.device or "this")
+        found = memory.find_device("this" if FLAGS.device is None else FLAGS.device)
     changes: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
     return dataclasses.replace(found, **changes)
 

@@ -153,8 +153,9 @@ def plan_memory(
       batch_size: rows; "auto" = the most that fit, "auto:64" = at most 64.
       context: tokens that a row of the cache holds, or of a training sequence. None =
         `max_kv_cache_len`, or `max_seq_len`; with another the config is planned as if
-        they were that. "auto" and "auto:65536" = the longest that fits, chosen before
-        an automatic batch size.
+        they were that (a Generator whose config allows more allocates the next power of
+        two). "auto" and "auto:65536" = the longest that fits, chosen before an
+        automatic batch size.
       device: a name of `devices.DEVICES`, "cpu" (the host), "this" (the first of
         `jax.devices()`, with the memory it has left), or a Device.
       policy: of the cache.

@@ -152,6 +152,7 @@ def test_the_picture_goes_beyond_what_is_planned_but_not_far(context, device):
         (("--all", "--memory_gb=4", "--json"), "leave --memory_gb out"),
         (("--all", "--noexact", "--context=64"), "leave --context, --exact out"),
         (("--config=small", "--device=h300"), "did you mean h200"),
+        (("--config=small", "--device="), "device='': must be one of"),
         (("--config=small", "--batch_size=many"), "batch_size='many': must be"),
         (("--config=small", "--context=0"), "context=0: must be"),
         (("--config=small", "--batch_size=-1"), "batch_size=-1: must be a number in"),
