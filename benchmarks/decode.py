@@ -31,7 +31,8 @@ def benchmark(config: Any) -> dict[str, Any]:
     report.check_writable(settings.json_path)
     report.check_plot(settings.plot_path, "decode.plot_path")
     shapes = decode_runs.shapes(model.config, settings)
-    fit.check(model.config, settings)
+    trained = model_folder.folder(config) is not None
+    fit.check(model.config, settings, trained=trained)
 
     results: list[dict[str, Any]] = []
     params = model_folder.params(config, model)

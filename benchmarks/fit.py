@@ -4,6 +4,7 @@ The refusal names the numbers and a setting that fits by the same check.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from benchmarks import decode_runs, measure
 from minillm_jax.cli.app import UserError
 from minillm_jax.cli.config_files import MOST_ROWS, DecodeSettings
 from minillm_jax.config import MAX_POSITIONS, ConfigError, Configs, ModelConfig
+from minillm_jax.planning import advice as advices
 from minillm_jax.planning import automatic, machine, memory
 from minillm_jax.planning.devices import Device
 from minillm_jax.planning.memory import MemoryPlan
@@ -61,26 +63,48 @@ def numbers(config: ModelConfig, settings: DecodeSettings) -> DecodeSettings:
     return dataclasses.replace(settings, batch_size=rows)
 
 
-def check(config: ModelConfig, settings: DecodeSettings) -> MemoryPlan:
-    """The plan of the largest measurement; raises UserError if it does not fit."""
+def check(
+    config: ModelConfig, settings: DecodeSettings, *, trained: bool = False
+) -> MemoryPlan:
+    """The plan of the largest measurement; raises UserError if it does not fit.
+
+    `trained` weights keep their shapes: no other model is advised.
+    """
     device = device_left()
     plan = plan_for(config, settings, device)
     if plan.fits:
         return plan
+    wider = _with_more(device)
+    if wider is not None and (other := plan_for(config, settings, wider)).fits:
+        advice = _advised(other, advices.fraction_words(wider.memory_fraction))
+        raise UserError(f"{plan.refusal()}; {advice}")
     advice = "nothing smaller fits either"
-    for flags, smaller, shorter in alternatives(config, settings):
+    for flags, smaller, shorter in alternatives(config, settings, trained=trained):
         other = plan_for(smaller, shorter, device)
         if other.fits:
-            advice = f"this fits, with {other.total_bytes / 1e9:.1f} GB: {flags}"
+            advice = _advised(other, flags)
             break
     raise UserError(f"{plan.refusal()}; {advice}")
+
+
+def _advised(plan: MemoryPlan, words: str) -> str:
+    return f"this fits, with {memory.gigabytes(plan.total_bytes)}: {words}"
+
+
+def _with_more(device: Device) -> Device | None:
+    """The device with what JAX would leave to others; None where that is nothing."""
+    fraction = advices.MEMORY_FRACTION
+    if device.platform != "gpu" or device.memory_fraction >= fraction:
+        return None
+    return dataclasses.replace(device, memory_fraction=fraction)
 
 
 def device_left() -> Device:
     """The device at hand without what the bandwidth's probe takes of it."""
     device = machine.this_device()
-    left = device.memory_bytes - measure.probe_bytes(device.platform)
-    return dataclasses.replace(device, memory_bytes=left)
+    probe = measure.probe_bytes(device.platform)
+    left = device.memory_bytes - math.ceil(probe / max(device.memory_fraction, 0.01))
+    return dataclasses.replace(device, memory_bytes=max(0, left))
 
 
 def plan_for(
@@ -100,7 +124,7 @@ def plan_for(
 
 
 def alternatives(
-    config: ModelConfig, settings: DecodeSettings
+    config: ModelConfig, settings: DecodeSettings, *, trained: bool
 ) -> Iterator[tuple[str, ModelConfig, DecodeSettings]]:
     """Flags that ask for less, mildest first, with what they make of the two configs.
 
@@ -122,6 +146,8 @@ def alternatives(
         ("dtype", "param_dtype", "cache_dtype"), "bfloat16"
     )
     yield f"{flags} {_flags('model', dtypes)}", config.replace(**dtypes), short
+    if trained:
+        return
     for layers in range(config.num_layers - 1, 0, -1):
         smaller = config.replace(num_layers=layers)
         yield f"{flags} --config.model.num_layers={layers}", smaller, short

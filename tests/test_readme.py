@@ -9,8 +9,10 @@ import shlex
 from absl import flags
 
 import minillm_jax as mj
+from benchmarks import fit
 from minillm_jax import testing
-from minillm_jax.cli import generate, plan_report
+from minillm_jax.cli import config_files, generate, plan_report
+from minillm_jax.planning.devices import Device
 
 README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
 
@@ -59,6 +61,13 @@ def test_the_plan_shown_is_the_planners(capsys):
     plan_report.show(plan)
     shown = [line.rstrip() for line in capsys.readouterr().out.rstrip().splitlines()]
     assert "\n".join(shown) in README
+
+
+def test_the_refusal_shown_is_the_planners():
+    device = Device("AMD EPYC, 2 cores", "cpu", int(22.3e9))
+    settings = config_files.decode_settings(config_files.preset("xlarge"))
+    plan = fit.plan_for(mj.Configs.xlarge(), settings, device)
+    assert plan.refusal() in " ".join(README.split())
 
 
 def test_the_generate_lines_of_the_readme_are_right(monkeypatch):

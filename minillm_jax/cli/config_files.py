@@ -20,7 +20,7 @@ from minillm_jax.config import (
     ModelConfig,
     Tokens,
 )
-from minillm_jax.planning import automatic, memory
+from minillm_jax.planning import automatic, memory, workload
 from minillm_jax.planning.devices import Device
 from minillm_jax.training.settings import MOST_ROWS, TrainSettings
 
@@ -129,7 +129,7 @@ def model_config(config: Any, device: str | Device = "this") -> ModelConfig:
     """
     values = _values(config, "model")
     if isinstance(values.get(_LONGEST), str):
-        values = _with_longest_cache(values, memory.find_device(device))
+        return _with_longest_cache(values, memory.find_device(device))
     return _frozen(ModelConfig, values, "model")
 
 
@@ -168,30 +168,18 @@ def _section(cls: type, given: dict[str, Any]) -> dict[str, Any]:
     return section
 
 
-def _with_longest_cache(values: Mapping[str, Any], device: Device) -> dict[str, Any]:
-    """The `model` section with a number for its automatic cache."""
-
-    def at(longest: int) -> dict[str, Any]:
-        shorter = {
-            name: min(values[name], longest)
-            for name in ("max_seq_len", "prefill_chunk")
-            if isinstance(values.get(name), int)
-        }
-        return {**values, **shorter, _LONGEST: longest}
-
-    def planned(longest: int) -> memory.MemoryPlan:
-        return memory.plan_memory(
-            _frozen(ModelConfig, at(longest), "model"), device=device
-        )
-
+def _with_longest_cache(values: Mapping[str, Any], device: Device) -> ModelConfig:
+    """The `model` section with the longest cache of which a row fits."""
     name = f"config.model.{_LONGEST}"
     asked = automatic.parse(name, values[_LONGEST], MAX_POSITIONS)
-    if isinstance(asked, int):  # as a string of a config file
-        return at(asked)
-    longest = automatic.largest(lambda n: planned(n).fits, asked.cap)
+    # What is wrong with other fields is told, whatever the length will be.
+    config = _frozen(ModelConfig, {**values, _LONGEST: MAX_POSITIONS}, "model")
+    longest = memory.plan_memory(config, device=device).max_context
     if longest == 0:
-        raise ConfigError(f"{name}={values[_LONGEST]}: {planned(1).refusal()}")
-    return at(longest)
+        shortest = memory.plan_memory(config, context=1, device=device)
+        raise ConfigError(f"{name}={values[_LONGEST]}: {shortest.refusal()}")
+    assert isinstance(asked, automatic.Auto), "a string is automatic or wrong"
+    return workload.of_length(config, asked.choose(longest))
 
 
 def _values(config: Any, name: str) -> Mapping[str, Any]:

@@ -24,6 +24,8 @@ from minillm_jax.decoding.sampling import SamplingParams
 from minillm_jax.model import cache as kv
 from minillm_jax.model import transformer
 from minillm_jax.planning import advice, memory
+from minillm_jax.planning.memory import MemoryPlan
+from minillm_jax.planning.workload import Workload
 from minillm_jax.text import tokenizer as tokenizers
 from minillm_jax.training import run_folder
 from minillm_jax.weights import load
@@ -63,6 +65,7 @@ def check(
     `trained` keep their shapes.
     """
     policy = kv.CachePolicy(overflow=FLAGS.overflow, num_sinks=FLAGS.num_sinks)
+    longest = config.max_kv_cache_len
     asked, *_ = requests.make_requests(
         config,
         tokenizer,
@@ -71,14 +74,35 @@ def check(
         max_new_tokens=FLAGS.max_new_tokens,
         sampling=sampling,
     )
-    tokens = min(len(prompt) + asked.budget, config.max_kv_cache_len)
-    plan = memory.plan_memory(config, context=tokens, policy=policy)
-    if plan.fits:
-        return
-    changes = advice.singles(plan, trained=trained, model_only=True)
-    fitting = advice.until_it_fits(plan, changes)
-    hint = "" if fitting is None else f"; this fits: {fitting.change}"
-    raise UserError(plan.refusal() + hint)
+    plan = planned(config, policy, min(len(prompt) + asked.budget, longest))
+    if not plan.fits:
+        # Of a stopped row one token is enough, of a ring whatever it sees.
+        least = {"stop": min(len(prompt) + 1, longest), "error": plan.context}
+        shortest = least.get(policy.overflow)
+        raise UserError(refusal(config, plan, shortest, trained=trained))
+
+
+def refusal(
+    config: ModelConfig, plan: MemoryPlan, least_context: int | None, *, trained: bool
+) -> str:
+    """Why a plan does not fit, with fields of the config that would."""
+    least = {"least_context": least_context}
+    fitting = advice.until_it_fits(
+        plan, advice.singles(plan, trained=trained, **least), **least
+    )
+    if fitting is None:
+        return f"{plan.refusal()}; nothing smaller fits either"
+    words = fitting.change.settings(config, fitting.plan.config)
+    size = memory.gigabytes(fitting.plan.total_bytes)
+    return f"{plan.refusal()}; this fits, with {size}: {words}"
+
+
+def planned(config: ModelConfig, policy: kv.CachePolicy, tokens: int) -> MemoryPlan:
+    """The plan of a row of so many tokens, in a cache as the Generator allocates it."""
+    device = memory.find_device("this")
+    config = config.resolve(device.platform)
+    work = Workload(config=config, batch_size=1, context=tokens, policy=policy)
+    return memory.plan(work, device)
 
 
 def _tokenizer(folder: pathlib.Path | None) -> chat.ChatTokenizer:

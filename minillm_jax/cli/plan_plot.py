@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from typing import Any
 
 from minillm_jax.cli.app import UserError
 from minillm_jax.config import MAX_POSITIONS
@@ -9,6 +10,8 @@ from minillm_jax.planning import memory
 from minillm_jax.planning.memory import MemoryPlan
 
 _SHORTEST, _STEPS = 256, 8  # tokens, and points for each doubling of them
+_FARTHEST = 16  # times the context that is planned, however much would fit
+_HIGHEST = 4  # times the largest total: a limit above is named, and not drawn
 _COLOURS = {
     "weights": "#4c72b0",
     "optimizer": "#64b5cd",
@@ -23,7 +26,7 @@ _COLOURS = {
 
 
 def draw(plan: MemoryPlan, path: pathlib.Path) -> None:
-    """Writes the PNG file, up to twice the context that is planned or that fits.
+    """Writes the PNG file, to beyond the context that is planned or that fits.
 
     Raises:
       UserError: where it cannot be written, or matplotlib is not installed.
@@ -45,24 +48,13 @@ def draw(plan: MemoryPlan, path: pathlib.Path) -> None:
     figure, ax = pyplot.subplots(figsize=(8.5, 4.5), layout="constrained")
     colours = [_COLOURS[name] for name in names]
     ax.stackplot(contexts, sizes, labels=names, colors=colours)
-    limit = plan.limit_bytes / 1e9
-    ax.axhline(limit, color="black", linestyle="--", linewidth=1)
-    ax.text(*(contexts[0], limit, f" limit {limit:.3g} GB"), va="bottom", ha="left")
-    if contexts[0] <= plan.max_context <= contexts[-1]:
-        ax.axvline(plan.max_context, color="black", linestyle=":", linewidth=1)
-        ax.annotate(
-            f"{plan.max_context} tokens fit ",
-            (plan.max_context, 0.97),
-            xycoords=("data", "axes fraction"),
-            ha="right",
-            va="top",
-        )
+    ax.set_ylim(0, _top(plan, plans[-1]))
+    _mark_limits(ax, plan, contexts)
     ax.set_xscale("log", base=2)
     ax.set_xlim(contexts[0], contexts[-1])
     octaves = contexts[::_STEPS]
     ax.set_xticks(octaves[:: 1 + len(octaves) // 12])
     ax.xaxis.set_major_formatter(lambda value, _: _tokens(value))
-    ax.set_ylim(0, 1.15 * max(limit, plans[-1].total_bytes / 1e9))
     ax.set_xlabel("context, tokens of each row")
     ax.set_ylabel("GB")
     what = "training" if plan.workload.training else "generating"
@@ -82,9 +74,43 @@ def draw(plan: MemoryPlan, path: pathlib.Path) -> None:
     pyplot.close(figure)
 
 
+def _top(plan: MemoryPlan, largest: MemoryPlan) -> float:
+    """GB at the upper end."""
+    total, limit = largest.total_bytes, plan.limit_bytes
+    return 1.15 * max(total, limit if limit <= _HIGHEST * total else 0) / 1e9
+
+
+def _mark_limits(ax: Any, plan: MemoryPlan, contexts: list[int]) -> None:
+    """The device's limit and the longest context, each with its figure."""
+    limit, (_, top) = plan.limit_bytes / 1e9, ax.get_ylim()
+    ax.axhline(limit, color="black", linestyle="--", linewidth=1)
+    above = limit > top
+    ax.annotate(
+        f"limit {limit:.3g} GB{' ↑' if above else ''}",
+        (contexts[0], top if above else limit),
+        xytext=(6, -6 if above else 5),
+        textcoords="offset points",
+        va="top" if above else "bottom",
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5},
+    )
+    longest = plan.max_context
+    if longest < contexts[0]:
+        return
+    beyond = longest > contexts[-1]
+    ax.axvline(longest, color="black", linestyle=":", linewidth=1)
+    ax.annotate(
+        f"{longest} tokens fit {'→ ' if beyond else ''}",
+        (min(longest, contexts[-1]), 0.97),
+        xycoords=("data", "axes fraction"),
+        ha="right",
+        va="top",
+    )
+
+
 def _contexts(plan: MemoryPlan) -> list[int]:
     """Powers of two, and some between them."""
-    longest = min(2 * max(plan.context, plan.max_context, _SHORTEST), MAX_POSITIONS)
+    fitting = min(2 * plan.max_context, _FARTHEST * plan.context)
+    longest = min(max(2 * plan.context, fitting, 2 * _SHORTEST), MAX_POSITIONS)
     steps = range(_STEPS * longest.bit_length())
     sizes = [round(_SHORTEST * 2 ** (step / _STEPS)) for step in steps]
     return [size for size in sizes if size <= longest]
@@ -106,4 +132,6 @@ def _at(plan: MemoryPlan, context: int) -> MemoryPlan:
 
 
 def _tokens(value: float) -> str:
+    if value >= 2**20:
+        return f"{value / 2**20:.0f}M"
     return f"{value / 1024:.0f}K" if value >= 1024 else f"{value:.0f}"

@@ -26,18 +26,17 @@ def show(plan: MemoryPlan, *, trained: bool = False) -> None:
     out = console.Console(highlight=False, soft_wrap=True)
     out.print(f"{_headline(plan)}\n")
     out.print(_bytes_table(plan))
+    if plan.exact:
+        out.print("\nThe bytes above are XLA's; all below is estimated.")
     out.print(f"\n{_room(plan)}")
-    found = _bounds(plan)
-    if found:
-        out.print()
-        out.print(_bounds_table(found))
+    _show_bounds(plan, out)
     if changes := advice.singles(plan, trained=trained):
         out.print("\nWhat would need less, each alone:")
         out.print(_advice_table(changes))
     if not plan.fits:
         fitting = advice.until_it_fits(plan, changes)
         out.print(
-            "\nNo combination of these fits."
+            "\nNothing fits: not 1 row of 1 token, with all of these."
             if fitting is None
             else f"\nThis fits, with {_gb(fitting.plan.total_bytes)}: {fitting.change}"
         )
@@ -63,6 +62,7 @@ def as_dict(plan: MemoryPlan, *, trained: bool = False) -> dict[str, Any]:
         "batch_size": plan.batch_size,
         "context": plan.context,
         "fits": plan.fits,
+        "exact": plan.exact,  # XLA's bytes; what is fitted or saved is estimated
         "total_bytes": plan.total_bytes,
         "limit_bytes": plan.limit_bytes,
         "peak": plan.peak,
@@ -155,6 +155,18 @@ def _bounds(plan: MemoryPlan) -> list[bounds.Bound]:
     return [bound for bound in found if bound is not None]
 
 
+def _show_bounds(plan: MemoryPlan, out: console.Console) -> None:
+    if plan.workload.training:
+        return
+    if found := _bounds(plan):
+        out.print()
+        out.print(_bounds_table(found))
+        out.print(f"tok/s: all rows together, each holding {plan.context} tokens.")
+        out.print("TTFT: of a prompt of that length in every row.")
+    else:
+        out.print("\nNo best case: give --bandwidth_gbs and --tflops.")
+
+
 def _bounds_table(found: list[bounds.Bound]) -> table.Table:
     shown = _grid("at best,\nrows", "decode\ntok/s", "TTFT\ns")
     for bound in found:
@@ -217,7 +229,8 @@ def markdown(found: list[dict[str, Any]]) -> str:
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
 
     add("weights", [_gb(row["weights_bytes"]) for row in first])
-    add("cache of one row", [_gb(row["cache_bytes"]) for row in first])
+    if any(row["cache_bytes"] for row in first):  # training has none
+        add("cache of one row", [_gb(row["cache_bytes"]) for row in first])
     add("in all, one row", [_gb(row["total_bytes"]) for row in first])
     for short in dict.fromkeys(row["device"] for row in found):
         rows = [by_key[name, short] for name in presets]

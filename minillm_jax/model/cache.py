@@ -102,7 +102,7 @@ def num_slots(config: ModelConfig, capacity: int, policy: CachePolicy) -> list[i
 
 def check_cache(config: ModelConfig, cache: Cache, policy: CachePolicy) -> None:
     """Raises ValueError where shapes show that `cache` was made for something else."""
-    _check_types(config, policy)
+    check_types(config, policy)
     names = {f"layers_{layer}" for layer in range(config.num_layers)} | {"lengths"}
     heads = {(leaf.shape[-3], leaf.shape[-1]) for leaf in _leaves(cache)}
     if set(cache) != names or heads != {(config.num_kv_heads, config.head_dim)}:
@@ -122,10 +122,12 @@ def check_cache(config: ModelConfig, cache: Cache, policy: CachePolicy) -> None:
         )
 
 
-def _check_types(config: Any, policy: Any) -> None:
+def check_types(config: Any, policy: Any) -> None:
+    """Raises ConfigError for arguments that are no ModelConfig and no CachePolicy."""
     check_is_config(config)
     if not isinstance(policy, CachePolicy):
-        raise ConfigError(f"policy={policy!r}: must be a CachePolicy, such as {RING!r}")
+        given = validation.shown(policy)
+        raise ConfigError(f"policy={given}: must be a CachePolicy, such as {RING!r}")
 
 
 def check_alive(cache: Cache) -> None:
@@ -168,10 +170,10 @@ def cache_shapes(
     policy: CachePolicy = CachePolicy(),
 ) -> dict[str, Any]:
     """The cache as a tree of `jax.ShapeDtypeStruct`; nothing is allocated."""
-    _check_types(config, policy)
+    check_types(config, policy)
     config = config.resolve(jax.default_backend())
     capacity = config.max_kv_cache_len if capacity is None else capacity
-    slots = num_slots(config, _checked_capacity(config, capacity, policy), policy)
+    slots = num_slots(config, checked_capacity(config, capacity, policy), policy)
     bounds = validation.Range(1, MAX_ROWS)
     batch_size = validation.whole_number("batch_size", batch_size, bounds)
     rows = (batch_size,) if batch_size > 1 else ()
@@ -183,7 +185,8 @@ def cache_shapes(
     return tree
 
 
-def _checked_capacity(config: ModelConfig, capacity: int, policy: CachePolicy) -> int:
+def checked_capacity(config: ModelConfig, capacity: int, policy: CachePolicy) -> int:
+    """Tokens of a row as an int; raises ConfigError where no such cache can be."""
     bounds = validation.Range(1, config.max_kv_cache_len)
     capacity = validation.whole_number("capacity", capacity, bounds)
     if policy.num_sinks and config.sliding_window is not None:
@@ -400,7 +403,7 @@ def grow_cache(
     layers = len(cache) - 1
     wanted = [capacity] * layers
     if config is not None:
-        wanted = num_slots(config, _checked_capacity(config, capacity, policy), policy)
+        wanted = num_slots(config, checked_capacity(config, capacity, policy), policy)
     if longest > capacity and not ring:
         raise CacheOverflowError(
             f"capacity={capacity}: a row holds {longest} tokens already"

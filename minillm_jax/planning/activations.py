@@ -116,26 +116,34 @@ def training_bytes(call: Call) -> int:
     logits; while the optimiser runs, the updates instead. Bytes for each feature were
     fitted to what XLA on CPU keeps (JAX 0.12), and are rounded up.
     """
-    running = _running_bytes(call)
+    running = _running_bytes(call, call.tokens, in_blocks=call.in_blocks())
     if call.in_blocks():  # more rows or tokens never need less than a single block
-        scores = attention.SCORE_BYTES // (4 * call.rows * call.config.num_heads)
-        length = min(attention.MAX_QUERY_BLOCK, max(1, math.isqrt(scores)))
-        single = call._replace(tokens=length, keys=length)
-        running = max(running, _running_bytes(single, in_blocks=False))
+        length = _longest_single_block(call)
+        running = max(running, _running_bytes(call, length, in_blocks=False))
     updates = int(PACKING * costs.weight_bytes(call.config))
-    return max(updates, running) + SCALARS_BYTES
+    return max(updates, int(running)) + SCALARS_BYTES
 
 
-def _running_bytes(call: Call, in_blocks: bool | None = None) -> int:
-    """Of the forward and backward pass; where queries go `in_blocks` if not as told."""
-    in_blocks = call.in_blocks() if in_blocks is None else in_blocks
-    config, tokens = call.config, call.rows * call.tokens
+def _longest_single_block(call: Call) -> float:
+    """Tokens of a row whose scores would just fit one block of queries.
+
+    Not rounded to whole tokens: of more rows it would be rounded by more at times, and
+    they would seem to need less.
+    """
+    scores = attention.SCORE_BYTES / (4 * call.rows * call.config.num_heads)
+    fitting = max(attention.MIN_QUERY_BLOCK, math.sqrt(scores))
+    return min(attention.MAX_QUERY_BLOCK, fitting)
+
+
+def _running_bytes(call: Call, length: float, *, in_blocks: bool) -> float:
+    """Of the forward and backward pass over rows of `length` tokens."""
+    config, tokens = call.config, call.rows * length
     layer = tokens * _stored_features(call)
     size = costs.itemsize(config.dtype)
     blocks = 4 * call.score_bytes()  # otherwise stored
     if not in_blocks:
-        heads = call.rows * config.num_heads
-        layer += (9 if size == 4 else 12) * heads * call.tokens * call.keys
+        scores = call.rows * config.num_heads * length * length
+        layer += (9 if size == 4 else 12) * scores
         blocks = 0
     if config.remat:  # its input, and three of four arrays of the loops over blocks
         loops = 2 * _heads(config) if in_blocks else 0
@@ -144,8 +152,8 @@ def _running_bytes(call: Call, in_blocks: bool | None = None) -> int:
     else:
         kept, backward = config.num_layers * layer, 0.55
     token = 4 * call.rows * config.vocab_size
-    logits = max(token, min(token * call.tokens, loss.LOGITS_BYTES))
-    return kept + max(int(backward * layer) + blocks, 4 * logits)
+    logits = max(token, min(token * length, loss.LOGITS_BYTES))
+    return kept + max(backward * layer + blocks, 4 * logits)
 
 
 def _heads(config: ModelConfig) -> int:

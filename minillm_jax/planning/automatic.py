@@ -1,10 +1,14 @@
 """Numbers that are left to the planner: "auto", or "auto:64" for at most 64."""
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any
 
 from minillm_jax import validation
+
+_RULE = 'must be a whole number, "auto", or "auto:64" for at most 64'
+_DIGITS = 30  # Python reads no more than 4300; no bound has as many as these
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +30,8 @@ class Number:
 
     def problem(self, value: int | str) -> str | None:
         """The rule that `value` breaks."""
+        if isinstance(value, str) and not _is_automatic(value):
+            return _RULE
         try:
             parse("", value, self._bound)
         except validation.ConfigError as error:
@@ -42,13 +48,24 @@ def parse(name: str, value: Any, bound: int) -> int | Auto:
     bounds = validation.Range(1, bound)
     if not isinstance(value, str):
         return validation.whole_number(name, value, bounds)
-    word, _, cap = value.partition(":")
-    if word != "auto" or (":" in value and not cap.isdecimal()):
-        raise validation.ConfigError(
-            f'{name}={validation.shown(value)}: must be a whole number, "auto", or '
-            f'"auto:64" for at most 64'
-        )
-    return Auto(validation.whole_number(name, int(cap), bounds) if cap else bound)
+    if not _is_automatic(value):
+        raise validation.ConfigError(f"{name}={validation.shown(value)}: {_RULE}")
+    _, _, cap = value.partition(":")
+    return Auto(validation.whole_number(name, _int(cap), bounds) if cap else bound)
+
+
+def from_text(text: str) -> int | str:
+    """What a command line was given, for `parse`: a whole number, or words."""
+    return _int(text) if re.fullmatch(r"[+-]?\d+", text) else text
+
+
+def _is_automatic(text: str) -> bool:
+    return re.fullmatch(r"auto(:\d+)?", text) is not None
+
+
+def _int(digits: str) -> int:
+    """Of as many digits as tell that a number is out of bounds."""
+    return int(digits[:_DIGITS])
 
 
 def largest(fits: Callable[[int], bool], bound: int) -> int:

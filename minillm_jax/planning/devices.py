@@ -6,15 +6,29 @@ touched here.
 """
 
 import dataclasses
+import numbers
 import re
 
 from minillm_jax import validation
 from minillm_jax.config import ConfigError
 
+_PLATFORMS = validation.OneOf(("gpu", "tpu", "cpu"))
+_RATE = validation.Range(1, 1e24)
+_NUMBERS = {
+    "memory_bytes": validation.Range(0, 1e18),
+    "bytes_per_second": _RATE,
+    "flops_per_second": _RATE,
+    "memory_fraction": validation.Range(0, 1),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """One accelerator, or a machine as somebody describes it."""
+    """One accelerator, or a machine as somebody describes it.
+
+    Raises:
+      ConfigError: for a field that cannot be, with its value and the rule.
+    """
 
     name: str  # what JAX calls a GPU of this kind, so that one can be recognised
     platform: str  # JAX's: "gpu", "tpu" or "cpu"
@@ -27,12 +41,34 @@ class Device:
     # XLA_CLIENT_MEM_FRACTION says otherwise (docs.jax.dev, "GPU memory allocation").
     memory_fraction: float = 1.0
 
+    def __post_init__(self) -> None:
+        problems = {name: self._number_problem(name) for name in _NUMBERS}
+        text = isinstance(self.platform, str)
+        rule = _PLATFORMS.problem(self.platform) if text else "must be a string"
+        problems["platform"] = rule
+        told = [
+            f"device.{name}={validation.shown(getattr(self, name))}: {problem}"
+            for name, problem in problems.items()
+            if problem is not None
+        ]
+        if told:
+            raise ConfigError(told)
+
+    def _number_problem(self, name: str) -> str | None:
+        value = getattr(self, name)
+        if value is None and _NUMBERS[name] is _RATE:
+            return None
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            return "must be a number"
+        return _NUMBERS[name].problem(float(value))
+
     @property
     def limit_bytes(self) -> int:
         """What a program may use."""
         return int(self.memory_bytes * self.memory_fraction)
 
 
+AT_HAND = ("cpu", "this")  # names of what machine.py finds
 FRACTIONS = {"gpu": 0.75}  # by platform, where it is not all of the memory
 _GB = 10**9
 _NVIDIA = "https://www.nvidia.com/en-us/data-center"
@@ -74,15 +110,28 @@ _KINDS = {"TPU v5 lite": "TPU v5e", "TPU v5": "TPU v5p", "TPU v6 lite": "TPU v6e
 def find(name: str) -> Device:
     """The device called so, however it is spelled: "RTX 4090", "tpu-v5e", "H200".
 
+    What JAX calls it will do too.
+
     Raises:
       ConfigError: if there is none, with the names there are.
     """
-    spelled = {_plain(known): device for known, device in DEVICES.items()}
-    device = spelled.get(_plain(name))
+    spelled = {_plain(device.name): device for device in DEVICES.values()}
+    spelled |= {_plain(known): device for known, device in DEVICES.items()}
+    device = of_kind(name) or spelled.get(_plain(name))
     if device is None:
-        hint = validation.did_you_mean(name.lower(), DEVICES)
-        raise ConfigError(f"device={name!r}: must be one of {', '.join(DEVICES)}{hint}")
+        known = ", ".join((*DEVICES, *AT_HAND))
+        given = validation.shown(name)
+        raise ConfigError(f"device={given}: must be one of {known}{_hint(name)}")
     return device
+
+
+def _hint(name: str) -> str:
+    """What may have been meant: several where they begin so."""
+    plain = _plain(name)
+    longer = [known for known in DEVICES if plain and _plain(known).startswith(plain)]
+    if longer:
+        return f"; write {' or '.join(longer)}"
+    return validation.did_you_mean(name.lower(), (*DEVICES, *AT_HAND))
 
 
 def of_kind(kind: str) -> Device | None:
@@ -92,5 +141,5 @@ def of_kind(kind: str) -> Device | None:
 
 
 def _plain(name: str) -> str:
-    words = re.sub(r"nvidia|geforce|google|cloud|tpu", "", name.lower())
+    words = re.sub(r"nvidia|geforce|tesla|google|cloud|tpu", "", name.lower())
     return re.sub(r"[^a-z0-9]", "", words)

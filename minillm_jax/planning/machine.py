@@ -5,9 +5,12 @@ A `device` is one of `jax.devices()`, where it is not the planner's `Device`.
 
 import dataclasses
 import importlib.metadata
+import math
 import os
 import pathlib
 import platform
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -15,6 +18,16 @@ import jax
 from minillm_jax.planning import devices
 
 _HERE = "what this machine has left"  # the source of a device that is found
+_ROOT = pathlib.Path("/")
+# Of cgroups by controller, "" = version 2: the folder, the files of the limit and of
+# what is used, and what `memory.stat` calls the cached files that are not in use.
+_CGROUP_FILES = {
+    "": ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    "memory": (
+        *("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+        "total_inactive_file",
+    ),
+}
 
 
 def host() -> devices.Device:
@@ -25,13 +38,26 @@ def host() -> devices.Device:
 def this_device() -> devices.Device:
     """The first of `jax.devices()`, with what it has left, to plan for."""
     device = jax.devices()[0]
-    left, known = available_bytes(device), devices.of_kind(device.device_kind)
-    if known is None:
-        name = device_name(device)
-        return devices.Device(name, device.platform, left, source=_HERE)
-    return dataclasses.replace(
-        known, memory_bytes=left, memory_fraction=1.0, source=_HERE
-    )
+    fraction = _fraction(device.platform)
+    found = {
+        "memory_bytes": math.ceil(available_bytes(device) / fraction),
+        "memory_fraction": fraction,
+        "source": _HERE,
+    }
+    known = devices.of_kind(device.device_kind)
+    if known is not None:
+        return dataclasses.replace(known, **found)
+    return devices.Device(device_name(device), device.platform, **found)
+
+
+def _fraction(platform: str) -> float:
+    """What JAX takes of the memory, as far as it can be told."""
+    usual = devices.FRACTIONS.get(platform, 1.0)
+    names = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+    told = next((os.environ[name] for name in names if name in os.environ), "")
+    if platform != "gpu" or not re.fullmatch(r"\d*\.?\d+", told):
+        return usual
+    return min(float(told), 1.0) or usual
 
 
 def device_name(device: Any) -> str:
@@ -42,7 +68,7 @@ def device_name(device: Any) -> str:
 def _processor() -> str:
     names = [
         line.split(":", 1)[1].strip()
-        for line in _lines("/proc/cpuinfo")
+        for line in _lines("proc/cpuinfo")
         if line.startswith("model name")
     ]
     model = names[0] if names else platform.processor() or platform.machine()
@@ -87,31 +113,47 @@ def peak_bytes(device: Any) -> int | None:
 
 
 def _host_available() -> int:
-    limits = [_available(), _cgroup_available()]
-    return min(limit for limit in limits if limit is not None)
+    limits = [_available(), *_cgroups_available()]
+    return max(0, min(limits))
 
 
 def _available() -> int:
-    for line in _lines("/proc/meminfo"):
+    for line in _lines("proc/meminfo"):
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _cgroup_available() -> int | None:
-    """What a container's limit (cgroup version 2) leaves, where there is one."""
-    limit = _lines("/sys/fs/cgroup/memory.max")
-    used = _lines("/sys/fs/cgroup/memory.current")
-    stat = _lines("/sys/fs/cgroup/memory.stat")
-    if not limit or not used or limit[0].strip() == "max":
+def _cgroups_available() -> Iterator[int]:
+    """What the limit of each group that this process is in leaves, where it has one.
+
+    A container may not see the folder of its own group, but has its limits at the root.
+    """
+    for line in _lines("proc/self/cgroup"):
+        _, controllers, path = line.split(":", 2)
+        kind = "memory" if "memory" in controllers.split(",") else controllers
+        if kind not in _CGROUP_FILES:
+            continue
+        root, *names = _CGROUP_FILES[kind]
+        group = pathlib.PurePosixPath(path.lstrip("/"))
+        for folder in (group, *group.parents):
+            left = _left_in(f"{root}/{folder}", *names)
+            if left is not None:
+                yield left
+
+
+def _left_in(folder: str, limit: str, used: str, inactive: str) -> int | None:
+    """Bytes below a group's limit; what the kernel would give up counts as left."""
+    most, taken = _lines(f"{folder}/{limit}"), _lines(f"{folder}/{used}")
+    if not most or not taken or not most[0].strip().isdecimal():  # "max" = none
         return None
-    files = [line.split()[1] for line in stat if line.startswith("inactive_file ")]
-    taken = int(used[0]) - sum(int(size) for size in files)  # the kernel gives those up
-    return max(0, int(limit[0]) - taken)
+    stat = [line.split() for line in _lines(f"{folder}/memory.stat")]
+    files = sum(int(line[1]) for line in stat if line[:1] == [inactive])
+    return int(most[0]) - int(taken[0]) + files
 
 
 def _lines(path: str) -> list[str]:
     try:
-        return pathlib.Path(path).read_text().splitlines()
+        return (_ROOT / path).read_text().splitlines()
     except OSError:
         return []

@@ -10,8 +10,7 @@ import functools
 import jax
 
 from minillm_jax import validation
-from minillm_jax.config import MAX_POSITIONS, ConfigError, ModelConfig, check_is_config
-from minillm_jax.decoding import generator
+from minillm_jax.config import MAX_POSITIONS, ConfigError, ModelConfig
 from minillm_jax.model import cache as kv
 from minillm_jax.planning import automatic, compiled, devices, machine
 from minillm_jax.planning.automatic import Auto
@@ -68,8 +67,13 @@ class MemoryPlan:
         return self.total_bytes <= self.limit_bytes
 
     @property
+    def exact(self) -> bool:
+        """Whether the bytes are XLA's; `max_batch_size`, `max_context` never are."""
+        return any("compiled" in classes for classes in self.moments.values())
+
+    @property
     def config(self) -> ModelConfig:
-        """Resolved for the device; with a longer cache than given if planned so."""
+        """Resolved for the device, and made for the context that is planned."""
         return self.workload.config
 
     @property
@@ -111,22 +115,21 @@ class MemoryPlan:
     def max_context(self) -> int:
         """The longest context of this many rows that fits; 0 = none.
 
-        Above the config's `max_kv_cache_len` (of training, `max_seq_len`) it is what
-        that could be raised to; below, the largest capacity that a Generator allocates.
+        It is what the config's `max_kv_cache_len` (of training, `max_seq_len`) could be
+        raised to, or must be lowered to, with the lengths that depend on it.
         """
         work = dataclasses.replace(self.workload, capacity=None)
 
         def fits(context: int) -> bool:
-            return plan(work.with_context(context), self.device).fits
+            longer = work.with_context(max(context, work.least_context))
+            return plan(longer, self.device).fits
 
-        if work.training or fits(work.config.max_kv_cache_len):
-            return automatic.largest(fits, MAX_POSITIONS)
-        sizes = generator.capacities(work.config, work.policy)
-        return max((size for size in sizes if fits(size)), default=0)
+        return automatic.largest(fits, MAX_POSITIONS)
 
     def refusal(self) -> str:
         """Why it does not fit, for the user of a command line."""
-        parts = [f"{name} {gigabytes(n)}" for name, n in self.bytes_by_class.items()]
+        shown = {n: gigabytes(size) for n, size in self.bytes_by_class.items()}
+        parts = [f"{n} {size}" for n, size in shown.items() if size != gigabytes(0)]
         return (
             f"does not fit: {', '.join(parts)}; {gigabytes(self.total_bytes)} in all, "
             f"but {gigabytes(self.limit_bytes)} are available on {self.device.name}"
@@ -149,9 +152,10 @@ def plan_memory(
       config: dtypes "auto" become those of the device.
       batch_size: rows; "auto" = the most that fit, "auto:64" = at most 64.
       context: tokens that a row of the cache holds, or of a training sequence. None =
-        `max_kv_cache_len`, or `max_seq_len`; beyond them the config is planned as if
-        they were raised. "auto" and "auto:65536" = the longest that fits, chosen before
-        an automatic batch size.
+        `max_kv_cache_len`, or `max_seq_len`; with another the config is planned as if
+        they were that (a Generator whose config allows more allocates the next power of
+        two). "auto" and "auto:65536" = the longest that fits, chosen before an
+        automatic batch size.
       device: a name of `devices.DEVICES`, "cpu" (the host), "this" (the first of
         `jax.devices()`, with the memory it has left), or a Device.
       policy: of the cache.
@@ -163,7 +167,7 @@ def plan_memory(
     Raises:
       ConfigError: for anything that is not as above.
     """
-    check_is_config(config)
+    kv.check_types(config, policy)
     device = find_device(device)
     if training and config.param_dtype == "auto":
         config = config.replace(param_dtype="float32")
@@ -180,11 +184,14 @@ def plan_memory(
         training=training,
     )
     if isinstance(tokens, Auto):
-        tokens = tokens.choose(plan(work, device).max_context)
+        longest = plan(work, device).max_context
+        tokens = tokens.choose(longest, least=work.least_context)
     work = work.with_context(tokens)
     if isinstance(rows, Auto):
         chosen = rows.choose(plan(work, device).max_batch_size)
         work = dataclasses.replace(work, batch_size=chosen)
+    if not training:
+        kv.checked_capacity(work.config, work.allocated, policy)
     found = plan(work, device)
     return _compiled(found) if exact else found
 
@@ -222,9 +229,10 @@ def find_device(device: str | Device) -> Device:
         raise ConfigError(
             f"device={validation.shown(device)}: must be a name or Device"
         )
-    if device == "this":
-        return machine.this_device()
-    return machine.host() if device == "cpu" else devices.find(device)
+    found = {"this": machine.this_device, "cpu": machine.host}.get(
+        device.strip().lower()
+    )
+    return devices.find(device) if found is None else found()
 
 
 def gigabytes(size: int) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 
@@ -18,6 +19,23 @@ CPU_LIBRARY_WIDTH = 1.5  # bytes of each token's gated features in every layer
 Moments = dict[str, dict[str, int]]  # moment -> class -> bytes alive then
 
 
+def of_length(
+    config: ModelConfig, tokens: int, *, training: bool = False
+) -> ModelConfig:
+    """The config for rows of so many tokens in a cache, or of a training sequence.
+
+    Its other lengths are shortened or raised where they must be.
+    """
+    longest = max(config.max_kv_cache_len, tokens) if training else tokens
+    sequence = tokens if training else min(config.max_seq_len, tokens)
+    fields = {"max_kv_cache_len": longest, "max_seq_len": sequence}
+    chunk = config.given().get("prefill_chunk")
+    if chunk is not None:
+        fields["prefill_chunk"] = min(chunk, longest)
+    same = all(getattr(config, name) == value for name, value in fields.items())
+    return config if same else config.replace(**fields)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Workload:
     """Rows of some tokens, generated with a cache or trained on."""
@@ -30,15 +48,25 @@ class Workload:
     policy: kv.CachePolicy = kv.CachePolicy()
     forward_tokens: int = 0  # of the longest forward without cache
     training: bool = False
+    # What `config` was before a context shortened it, where one did.
+    longer: ModelConfig | None = dataclasses.field(default=None, compare=False)
 
     def with_context(self, context: int) -> "Workload":
-        """The same of another context; the config grows where it must."""
-        name = "max_seq_len" if self.training else "max_kv_cache_len"
-        config = self.config
-        if context > getattr(config, name):
-            longest = max(config.max_kv_cache_len, context)
-            config = config.replace(**{"max_kv_cache_len": longest, name: context})
-        return dataclasses.replace(self, config=config, context=context)
+        """The same of another context, which the config is made for."""
+        longer = self.longer or self.config
+        config = of_length(longer, context, training=self.training)
+        return dataclasses.replace(self, config=config, context=context, longer=longer)
+
+    def with_model(self, **changes: Any) -> "Workload":
+        """The same with other fields of the config."""
+        longer = self.longer and self.longer.replace(**changes)
+        config = self.config.replace(**changes)
+        return dataclasses.replace(self, config=config, longer=longer)
+
+    @property
+    def least_context(self) -> int:
+        """Tokens of the shortest row there can be: one more than the sinks."""
+        return 1 if self.training else self.policy.num_sinks + 1
 
     @property
     def allocated(self) -> int:

@@ -13,6 +13,7 @@ import pytest
 import minillm_jax as mj
 from benchmarks import decode_runs, fit, measure, prompts
 from minillm_jax.cli import app, config_files
+from minillm_jax.planning import devices
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = """
@@ -222,3 +223,29 @@ def test_where_nothing_fits_the_least_is_refused(monkeypatch):
     assert (settings.contexts, settings.batch_size) == ((33,), 1)
     with pytest.raises(app.UserError, match="does not fit"):
         fit.check(model, settings)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_weights_that_are_given_keep_their_shapes(monkeypatch, trained):
+    limit = 2 * 10**9 + measure.PROBE_BYTES
+    monkeypatch.setattr(fit.machine, "available_bytes", lambda device: limit)
+    model, settings = overridden("xlarge", [])
+    with pytest.raises(app.UserError) as refusal:
+        fit.check(model, settings, trained=trained)
+    message = str(refusal.value)
+    assert ("num_layers" in message or "--config=" in message) != trained
+    assert ("nothing smaller fits" in message) == trained
+
+
+@pytest.mark.parametrize(("gigabytes", "enough"), [(1.4, True), (0.9, False)])
+def test_more_of_a_gpu_is_advised_where_that_is_enough(monkeypatch, gigabytes, enough):
+    size = int(gigabytes * 1e9)
+    device = devices.Device("some", "gpu", size, memory_fraction=0.75)
+    monkeypatch.setattr(fit.machine, "this_device", lambda: device)
+    monkeypatch.setattr(fit.measure, "probe_bytes", lambda platform: 0)
+    model, settings = overridden("medium", [])
+    settings = dataclasses.replace(settings, compare_no_cache=False)
+    with pytest.raises(app.UserError) as refusal:
+        fit.check(model, settings)
+    words = "GB: XLA_CLIENT_MEM_FRACTION=0.95 in the environment"
+    assert (words in str(refusal.value)) == enough

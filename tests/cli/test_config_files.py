@@ -181,6 +181,8 @@ def test_an_automatic_cache_is_the_longest_that_fits(name):
     assert mj.plan_memory(found, device=sized(20)).fits
     longer = found.replace(max_kv_cache_len=found.max_kv_cache_len + 1)
     assert not mj.plan_memory(longer, device=sized(20)).fits
+    plan = mj.plan_memory(mj.Configs.by_name(name), device=sized(20))
+    assert found.max_kv_cache_len == plan.max_context
     assert found.max_seq_len == min(
         mj.Configs.by_name(name).max_seq_len, found.max_kv_cache_len
     )
@@ -210,6 +212,22 @@ def test_an_automatic_cache_that_cannot_be_is_a_config_error(value, words):
     with pytest.raises(mj.ConfigError) as error:
         config_files.model_config(config, sized(10))
     assert str(error.value).startswith(f"config.model.{words}")
+
+
+def test_an_automatic_cache_hides_no_other_mistake():
+    section = mj.Configs.small().given() | {
+        "max_kv_cache_len": "auto:2000",
+        "max_seq_len": 10**9,
+    }
+    with pytest.raises(mj.ConfigError, match=r"model\.max_seq_len=1000000000: "):
+        config_files.model_config({"model": section}, sized(20))
+
+
+def test_what_is_not_automatic_is_told_with_its_rule():
+    with pytest.raises(mj.ConfigError) as error:
+        config_files.DecodeSettings(batch_size="auto: 5")
+    rule = 'must be a whole number, "auto", or "auto:64" for at most 64'
+    assert str(error.value) == f"batch_size='auto: 5': {rule}"
 
 
 @pytest.mark.parametrize(

@@ -7,18 +7,22 @@ import json
 import math
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
 import time
 
+import jax
+import numpy as np
 import pytest
 import tokenizers
 from absl import flags
 from tokenizers import decoders, models, pre_tokenizers
 
 import minillm_jax as mj
-from minillm_jax.cli import request
+from minillm_jax.cli import generate, request
+from minillm_jax.planning import devices
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = {
@@ -347,3 +351,53 @@ def test_a_chat_prefills_only_what_is_new():
     assert "/reset" in refused
     new = 1 + len("\nuser: hello\nassistant: ")
     assert fourth.startswith(f"[prompt {asked + 9 + new} tokens, {new} of them new;")
+
+
+# The check of the fit
+
+
+def on_a_gpu(monkeypatch, gigabytes):
+    device = devices.Device("some", "gpu", int(gigabytes * 1e9), memory_fraction=0.75)
+    monkeypatch.setattr(generate.memory, "find_device", lambda name: device)
+    return device
+
+
+def test_the_plan_is_of_the_cache_that_a_generator_allocates(monkeypatch):
+    on_a_gpu(monkeypatch, 20)
+    config, policy = mj.Configs.small(), mj.CachePolicy(overflow="ring", num_sinks=4)
+    plan = generate.planned(config, policy, 300)
+    held = [leaf.nbytes for leaf in cache_leaves(config.resolve("gpu"), 512, policy)]
+    assert plan.cache_bytes == sum(held)
+
+
+def cache_leaves(config, capacity, policy):
+    cache = jax.eval_shape(lambda: mj.init_cache(config, 1, capacity, policy=policy))
+    leaves = jax.tree.leaves(cache)
+    return [np.empty(leaf.shape, np.int16) for leaf in leaves if leaf.ndim > 1]
+
+
+@pytest.mark.parametrize("gigabytes", [16, 19, 21, 27, 29])
+@pytest.mark.parametrize("overflow", ["stop", "error"])
+def test_what_a_refusal_advises_can_be_given_and_fits(monkeypatch, overflow, gigabytes):
+    device = on_a_gpu(monkeypatch, gigabytes)
+    config, policy = mj.Configs.xlarge(), mj.CachePolicy(overflow=overflow)
+    plan = generate.planned(config, policy, 9000)
+    assert not plan.fits
+    least = 9000 if overflow == "error" else 5001
+    text = generate.refusal(config, plan, least, trained=True)
+    if "this fits" not in text:
+        assert gigabytes < 21
+        return
+    words = text.split("GB: ")[1]
+    assert "--batch_size" not in words
+    assert "--context" not in words
+    if "XLA_CLIENT_MEM_FRACTION=0.95 in the environment" in words:
+        monkeypatch.setattr(
+            *(generate.memory, "find_device"),
+            lambda name: dataclasses.replace(device, memory_fraction=0.95),
+        )
+    given = re.findall(r"--config\.model\.(\w+)=(\d+)", words)
+    config = config.replace(**{name: int(number) for name, number in given})
+    assert config.max_kv_cache_len >= least
+    tokens = min(9000, config.max_kv_cache_len)
+    assert generate.planned(config, policy, tokens).fits

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 import minillm_jax as mj
+from minillm_jax.cli import plan_plot
 from minillm_jax.planning import devices
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -77,6 +78,29 @@ def test_all_presets_on_all_devices():
     assert len(found) == len(mj.Configs.names) * len(devices.DEVICES)
 
 
+def test_training_on_all_devices_has_no_cache():
+    done = run("--all", "--train")
+    assert "weights" in done.stdout
+    assert "cache" not in done.stdout
+
+
+def test_what_the_rates_are_of_is_told_and_what_is_missing_for_them():
+    done = run("--config=small", "--memory_gb=48", "--bandwidth_gbs=900")
+    assert "No best case: give --bandwidth_gbs and --tflops." in done.stdout
+    done = run("--config=small", "--device=l4", "--context=600")
+    assert "tok/s: all rows together, each holding 600 tokens." in done.stdout
+    done = run("--config=small", "--device=l4", "--train")
+    assert "best case" not in done.stdout
+
+
+def test_what_is_estimated_beside_exact_bytes_is_told():
+    asked = ["--config=small", "--device=cpu", "--config.model.num_layers=1"]
+    done = run(*asked, "--exact")
+    assert "bytes above are XLA's; all below is estimated" in done.stdout
+    assert json.loads(run(*asked, "--exact", "--json").stdout)["exact"]
+    assert "estimated" not in run(*asked).stdout
+
+
 def test_training_is_planned_too():
     found = json.loads(run("--config=small", "--device=t4", "--train", "--json").stdout)
     assert found["plan"] == "training"
@@ -106,15 +130,41 @@ def test_the_picture_is_a_png(tmp_path, kind):
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("device", ["h200", "t4"])
+@pytest.mark.parametrize("context", [1, 300, 4096, 10**6])
+def test_the_picture_goes_beyond_what_is_planned_but_not_far(context, device):
+    plan = mj.plan_memory(mj.Configs.small(), context=context, device=device)
+    drawn = plan_plot._contexts(plan)
+    assert drawn == sorted(set(drawn))
+    assert len(drawn) > 8
+    assert context < drawn[-1] <= max(16 * context, 512)
+    shorter = min(plan.max_context, 8 * context)
+    assert shorter < drawn[-1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         ((), "--config is missing; or give --model=FOLDER, or --all"),
         (("--config=small", "--all"), "--all: plans the presets"),
+        (("--all", "--device=t4", "--plot=a.png"), "leave --device, --plot out"),
+        (("--all", "--batch_size=1"), "leave --batch_size out"),
+        (("--all", "--memory_gb=4", "--json"), "leave --memory_gb out"),
+        (("--all", "--noexact", "--context=64"), "leave --context, --exact out"),
         (("--config=small", "--device=h300"), "did you mean h200"),
+        (("--config=small", "--device="), "device='': must be one of"),
         (("--config=small", "--batch_size=many"), "batch_size='many': must be"),
         (("--config=small", "--context=0"), "context=0: must be"),
-        (("--config=small", "--memory_gb=-1"), "memory_gb"),
+        (("--config=small", "--batch_size=-1"), "batch_size=-1: must be a number in"),
+        (("--config=small", f"--batch_size={5000 * '9'}"), "must be a number in [1,"),
+        (("--config=small", "--batch_size=auto: 5"), "batch_size='auto: 5': must be"),
+        (("--config=small", "--memory_gb=-1"), "--memory_gb=-1.0: must be"),
+        (("--config=small", "--memory_gb=nan"), "--memory_gb=nan: must be"),
+        (("--config=small", "--memory_gb=inf"), "--memory_gb=inf: must be"),
+        (("--config=small", "--tflops=nan"), "--tflops=nan: must be"),
+        (("--config=small", "--tflops=0"), "--tflops=0.0: must be"),
+        (("--config=small", "--bandwidth_gbs=0"), "--bandwidth_gbs=0.0: must be"),
+        (("--config=small", "--memory_fraction=nan"), "--memory_fraction=nan: must"),
         (("--config=small", "--device=t4", "--exact"), "exact=True"),
         (("--config=small", "--plot=/nowhere/x.png", "--device=t4"), "/nowhere"),
     ],

@@ -3,9 +3,11 @@
 import dataclasses
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import minillm_jax as mj
-from minillm_jax.planning import advice, devices
+from minillm_jax.planning import advice, devices, workload
 
 CASES = [
     ("xlarge", "t4", 1, False),
@@ -64,6 +66,74 @@ def test_changes_are_put_together_where_one_is_not_enough():
     assert len(str(together.change).split()) > 1
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    name=st.sampled_from(mj.Configs.names),
+    gigabytes=st.floats(0.1, 200),
+    rows=st.integers(1, 300),
+    context=st.integers(1, 40000),
+    platform=st.sampled_from(["gpu", "cpu"]),
+    training=st.booleans(),
+)
+def test_none_is_found_only_where_a_row_of_a_token_is_too_much(
+    name, gigabytes, rows, context, platform, training
+):
+    device = devices.Device("x", platform, int(gigabytes * 1e9), memory_fraction=0.75)
+    asked = {"config": mj.Configs.by_name(name), "device": device, "training": training}
+    plan = mj.plan_memory(batch_size=rows, context=context, **asked)
+    fitting = advice.until_it_fits(plan, found := advice.singles(plan))
+    if fitting is not None:
+        assert planned_again(plan, fitting.change).fits
+        return
+    least = advice.Change(batch_size=1, context=1)
+    assert not planned_again(plan, least).fits
+    for one in found:
+        least |= dataclasses.replace(one.change, batch_size=None, context=None)
+    assert not planned_again(plan, least).fits
+
+
+def test_rows_and_context_are_cut_together_before_one_is_cut_to_nothing():
+    plan = mj.plan_memory(mj.Configs.xlarge(), 64, device="rtx4090")
+    fitting = advice.until_it_fits(plan, advice.singles(plan))
+    assert fitting.plan.fits
+    assert fitting.change.batch_size > 4
+    assert fitting.change.context > 1024
+
+
+def test_less_of_the_weights_is_a_way_to_train_a_large_model():
+    plan = mj.plan_memory(mj.Configs.xlarge(), device="h200", training=True)
+    fitting = advice.until_it_fits(plan, advice.singles(plan))
+    assert fitting.change.model == {"remat": True, "param_dtype": "bfloat16"}
+
+
+def test_more_of_the_memory_is_offered_only_where_it_is_needed():
+    for rows, offered in ((1, False), (16, True)):
+        plan = mj.plan_memory(mj.Configs.large(), rows, device="rtx4090")
+        found = [one.change.memory_fraction for one in advice.singles(plan)]
+        assert (advice.MEMORY_FRACTION in found) == offered
+
+
+def test_no_context_below_the_least_is_offered():
+    plan = mj.plan_memory(mj.Configs.xlarge(), device="rtx4090")
+    for least in (100, 6000, 7000, 16384):
+        found = advice.singles(plan, least_context=least)
+        contexts = [a.change.context for a in found if a.change.context is not None]
+        assert all(context >= least for context in contexts)
+        assert bool(contexts) == (least < 16384)
+        fitting = advice.until_it_fits(plan, found, least_context=least)
+        assert (fitting.change.context or least) >= least
+
+
+def test_what_an_exact_plan_saves_is_the_difference_of_estimates(tiny_config):
+    config = tiny_config.replace(dtype="float32")
+    estimate, exact = (
+        mj.plan_memory(config, 4, exact=exact, device="cpu") for exact in (False, True)
+    )
+    assert exact.exact
+    assert not estimate.exact
+    assert advice.singles(exact) == advice.singles(estimate)
+
+
 def test_there_is_none_where_nothing_helps():
     plan = mj.plan_memory(mj.Configs.xlarge(), device=devices.Device("x", "gpu", 10**9))
     assert advice.until_it_fits(plan, advice.singles(plan)) is None
@@ -83,8 +153,21 @@ def test_all_the_levers_are_there():
     call = {"batch_size", "context", "memory_fraction"}
     assert named() == dtypes | {"num_kv_heads"} | call
     assert named(trained=True) == dtypes | call
-    assert named(model_only=True) == dtypes | {"num_kv_heads"}
-    assert named(training=True) == {"remat", "dtype"} | call
+    assert named(training=True) == {"remat", "dtype", "param_dtype"} | call
+
+
+def test_a_change_reads_as_settings_of_a_program_that_only_has_a_config():
+    config = mj.Configs.small()
+    change = advice.Change({"num_kv_heads": 4}, context=600, memory_fraction=0.95)
+    assert change.settings(config, workload.of_length(config, 600)) == (
+        "--config.model.num_kv_heads=4 --config.model.max_kv_cache_len=600 "
+        "--config.model.max_seq_len=600 with XLA_CLIENT_MEM_FRACTION=0.95 in the "
+        "environment"
+    )
+    planned = workload.of_length(config.replace(prefill_chunk=700), 1500)
+    assert advice.Change(context=1500).settings(config, planned) == (
+        "--config.model.max_kv_cache_len=1500 --config.model.prefill_chunk=700"
+    )
 
 
 def test_a_change_reads_as_a_command_line():

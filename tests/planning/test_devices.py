@@ -1,5 +1,7 @@
 """The table of devices: complete, with a source each, and found by any spelling."""
 
+import math
+
 import pytest
 
 import minillm_jax as mj
@@ -34,15 +36,30 @@ def test_every_device_has_all_figures_and_their_source(name):
         ("a100_40gb", "a100-40gb"),
         ("TPU v5e", "v5e"),
         ("tpu-v6e", "v6e"),
+        ("Tesla T4", "t4"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80gb"),
+        ("TPU v5 lite", "v5e"),
+        ("TPU v5", "v5p"),
+        ("TPU v6 lite", "v6e"),
+        *((device.name, name) for name, device in devices.DEVICES.items()),
     ],
 )
 def test_a_device_is_found_by_any_spelling(spelled, name):
     assert devices.find(spelled) is devices.DEVICES[name]
 
 
-@pytest.mark.parametrize("name", ["h300", "", "a100", "rtx4900"])
+@pytest.mark.parametrize("name", ["h300", "", "a100", "rtx4900", "NVIDIA H100 PCIe"])
 def test_an_unknown_device_names_those_there_are(name):
-    with pytest.raises(mj.ConfigError, match=r"must be one of h200, .*, v4"):
+    with pytest.raises(mj.ConfigError, match=r"must be one of h200, .*, v4, cpu, this"):
+        devices.find(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "offered"), [("A100", "a100-80gb or a100-40gb"), ("v5", "v5p or v5e")]
+)
+def test_a_name_that_several_begin_with_offers_them(name, offered):
+    with pytest.raises(mj.ConfigError, match=f"; write {offered}$"):
         devices.find(name)
 
 
@@ -69,3 +86,24 @@ def test_a_device_is_recognised_by_what_jax_calls_it(kind, name):
 @pytest.mark.parametrize("kind", ["cpu", "NVIDIA L40S", "NVIDIA H100 PCIe"])
 def test_another_kind_is_not_taken_for_one_of_them(kind):
     assert devices.of_kind(kind) is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"platform": "npu"}, "device.platform='npu': must be one of gpu, tpu, cpu"),
+        ({"platform": None}, "device.platform=None: must be a string"),
+        ({"memory_bytes": -1}, "device.memory_bytes=-1: must be a number in [0,"),
+        ({"memory_bytes": math.nan}, "device.memory_bytes=nan: must be a number"),
+        ({"memory_bytes": None}, "device.memory_bytes=None: must be a number"),
+        ({"bytes_per_second": 0}, "device.bytes_per_second=0: must be a number"),
+        ({"flops_per_second": math.inf}, "device.flops_per_second=inf: must be"),
+        ({"memory_fraction": 1.5}, "device.memory_fraction=1.5: must be a number"),
+        ({"memory_fraction": math.nan}, "device.memory_fraction=nan: must be a"),
+    ],
+)
+def test_a_device_that_cannot_be_is_a_config_error(fields, words):
+    given = {"name": "some", "platform": "gpu", "memory_bytes": 10**9} | fields
+    with pytest.raises(mj.ConfigError) as error:
+        devices.Device(**given)
+    assert words in str(error.value)

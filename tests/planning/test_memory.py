@@ -14,6 +14,13 @@ from minillm_jax.planning.devices import Device
 NAMES = ("t4", "rtx4090", "h200", "v5e")
 
 
+WINDOW = mj.Configs.small().replace(sliding_window=64)
+
+
+def sinks(count):
+    return mj.CachePolicy(overflow="ring", num_sinks=count)
+
+
 def sized(gigabytes, platform="gpu"):
     return Device("some", platform, int(gigabytes * 1e9))
 
@@ -81,6 +88,44 @@ def test_a_context_beyond_the_config_is_planned_as_if_that_were_raised():
     assert longer.config.max_seq_len == 8192
 
 
+@pytest.mark.parametrize("chunk", [None, 300])
+@pytest.mark.parametrize("gigabytes", [15, 17, 20])
+def test_a_context_below_the_config_is_planned_as_if_that_were_lowered(
+    gigabytes, chunk
+):
+    config = mj.Configs.xlarge().replace(prefill_chunk=chunk)
+    found = mj.plan_memory(config, device=sized(gigabytes)).max_context
+    assert 0 < found < config.max_kv_cache_len
+
+    def lowered(longest):
+        fields = {"max_kv_cache_len": longest}
+        fields["max_seq_len"] = min(config.max_seq_len, longest)
+        if chunk is not None:
+            fields["prefill_chunk"] = min(chunk, longest)
+        return mj.plan_memory(config.replace(**fields), device=sized(gigabytes))
+
+    assert lowered(found).fits
+    assert not lowered(found + 1).fits
+    assert lowered(found) == mj.plan_memory(config, 1, found, sized(gigabytes))
+    assert lowered(found) == mj.plan_memory(config, 1, "auto", sized(gigabytes))
+
+
+@pytest.mark.parametrize(("gigabytes", "training"), [(0.95, False), (20, True)])
+def test_the_longest_context_is_that_whatever_context_is_planned(gigabytes, training):
+    config = mj.Configs.medium().replace(num_kv_heads=4)
+    device, found = sized(gigabytes), set()
+    for context in (1, 67, None, 5000):
+        plan = mj.plan_memory(config, 21, context, device, training=training)
+        found.add(plan.max_context)
+    assert len(found) == 1
+
+
+def test_the_shortest_context_of_a_ring_holds_its_sinks_and_a_token():
+    config, policy = mj.Configs.xlarge(), sinks(40)
+    plan = mj.plan_memory(config, 1, "auto", sized(2), policy=policy)
+    assert (plan.context, plan.fits, plan.max_context) == (41, False, 0)
+
+
 @pytest.mark.parametrize("device", NAMES)
 def test_automatic_numbers_are_the_largest_that_fit(device):
     config = mj.Configs.large()
@@ -139,6 +184,11 @@ def test_exact_is_for_the_platform_at_hand():
         mj.plan_memory(mj.Configs.small(), device="h200", exact=True)
 
 
+@pytest.mark.parametrize("name", ["cpu", "CPU", "this", "This"])
+def test_the_machine_at_hand_is_found_by_any_case(name):
+    assert memory.find_device(name).source == "what this machine has left"
+
+
 def test_this_machine_has_what_it_has_left(monkeypatch):
     monkeypatch.setattr(machine, "available_bytes", lambda device: 3 * 10**9)
     plan = mj.plan_memory(mj.Configs.small())
@@ -146,7 +196,10 @@ def test_this_machine_has_what_it_has_left(monkeypatch):
     assert plan.device.platform == jax.default_backend()
 
 
-def test_a_known_device_at_hand_has_its_own_rates(monkeypatch):
+@pytest.fixture
+def a_gpu(monkeypatch):
+    """An L4 at hand, with 16 GB of what JAX takes of it left."""
+
     class Here:
         platform, device_kind = "gpu", "NVIDIA L4"
 
@@ -154,9 +207,27 @@ def test_a_known_device_at_hand_has_its_own_rates(monkeypatch):
             return {"bytes_limit": 17 * 10**9, "bytes_in_use": 10**9}
 
     monkeypatch.setattr(jax, "devices", lambda: [Here()])
+    monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION", raising=False)
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+
+
+def test_a_known_device_at_hand_has_its_own_rates(a_gpu):
     found = memory.find_device("this")
     assert found.limit_bytes == 16 * 10**9
     assert found.bytes_per_second == devices.DEVICES["l4"].bytes_per_second
+
+
+@pytest.mark.parametrize(
+    ("told", "fraction"), [(None, 0.75), (".9", 0.9), ("much", 0.75), ("0", 0.75)]
+)
+def test_a_gpu_at_hand_has_the_fraction_that_jax_is_told(
+    monkeypatch, a_gpu, told, fraction
+):
+    if told is not None:
+        monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", told)
+    found = memory.find_device("this")
+    assert found.memory_fraction == fraction
+    assert found.limit_bytes == pytest.approx(16 * 10**9, abs=1)
 
 
 @pytest.mark.parametrize(
@@ -172,6 +243,13 @@ def test_a_known_device_at_hand_has_its_own_rates(monkeypatch):
         ({"context": 2**30}, "context=1073741824: must be a number"),
         ({"device": "h300"}, "did you mean h200"),
         ({"device": 80e9}, "device=80000000000.0: must be a name or Device"),
+        ({"batch_size": "auto:" + "9" * 5000}, "must be a number in [1, 1048576]"),
+        ({"batch_size": "auto: 5"}, "batch_size='auto: 5': must be a whole number"),
+        ({"policy": "ring"}, "policy='ring': must be a CachePolicy"),
+        ({"policy": None}, "policy=None: must be a CachePolicy"),
+        ({"policy": sinks(4000)}, "num_sinks=4000: must be below the capacity"),
+        ({"policy": sinks(4), "context": 4}, "num_sinks=4: must be below the capacity"),
+        ({"policy": sinks(4), "config": WINDOW}, "num_sinks=4: sliding-window layers"),
     ],
 )
 def test_what_cannot_be_planned_is_a_config_error(arguments, words):
@@ -187,6 +265,12 @@ def test_a_refusal_names_the_classes_and_the_limit():
     text = plan.refusal()
     for words in ("weights 13.5 GB", "cache 8.6 GB", "12.0 GB are available", "Tesla"):
         assert words in text
+
+
+def test_a_refusal_leaves_out_what_rounds_to_nothing():
+    text = mj.plan_memory(mj.Configs.xlarge(), device="t4").refusal()
+    assert "converted copies" not in text
+    assert " 0.0 GB" not in text
 
 
 def test_a_plan_is_a_value():

@@ -3,11 +3,11 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import minillm_jax as mj
-from minillm_jax.planning import compiled
+from minillm_jax.planning import compiled, devices, memory
 from minillm_jax.planning.workload import Workload
 from minillm_jax.testing import tiny_config
 
@@ -186,3 +186,35 @@ def test_more_never_needs_less(data):
 
     less, grown = needs(**sizes), needs(**(sizes | {more: sizes[more] + 1}))
     assert all(grown[moment] >= less[moment] for moment in less)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    name=st.sampled_from(mj.Configs.names),
+    rows=st.integers(1, 200),
+    context=st.integers(1, 1000),
+    remat=st.booleans(),
+    dtype=st.sampled_from(["float32", "bfloat16"]),
+    platform=st.sampled_from(["cpu", "gpu", "tpu"]),
+    step=st.sampled_from([(1, 0), (0, 1)]),
+)
+@example(  # where the length of a block, as a whole number, falls by one
+    name="medium",
+    rows=95,
+    context=100,
+    remat=False,
+    dtype="float32",
+    platform="cpu",
+    step=(1, 0),
+)
+def test_training_on_more_never_needs_less(
+    name, rows, context, remat, dtype, platform, step
+):
+    config = mj.Configs.by_name(name).replace(remat=remat, dtype=dtype)
+    device = devices.Device("some", platform, 10**12)
+
+    def needs(rows, context):
+        plan = memory.plan_memory(config, rows, context, device, training=True)
+        return plan.total_bytes
+
+    assert needs(rows + step[0], context + step[1]) >= needs(rows, context)
