@@ -3,6 +3,7 @@
 from typing import Any
 
 import matplotlib  # pyright: ignore[reportMissingImports]
+import matplotlib.ticker  # pyright: ignore[reportMissingImports]
 from matplotlib import pyplot  # pyright: ignore[reportMissingImports]
 
 _CACHED, _FULL = "#d95f02", "#4c72b0"

@@ -148,14 +148,18 @@ def _with_batch(
     """A number of rows that fits; raises UserError where none does."""
     if (folder / run_folder.CONFIG).is_file():  # it did, and is resumed as it was
         return settings
+    parts, rows = settings.accumulation, settings.batch_size
     plan = memory.plan_memory(
-        config, settings.batch_size, settings.length(config), training=True
+        *(config, rows if isinstance(rows, str) else rows // parts),
+        settings.length(config),
+        training=True,
+        accumulated=parts > 1,
     )
     if not plan.fits:
         fitting = advice.until_it_fits(plan, advice.singles(plan))
         hint = "" if fitting is None else f"; this fits: {fitting.change}"
         raise UserError(plan.refusal() + hint)
-    return settings.replace(batch_size=plan.batch_size)
+    return settings.replace(batch_size=parts * plan.batch_size)
 
 
 def _beginning(folder: pathlib.Path, done: int, settings: Any, corpus: Any) -> str:

@@ -106,11 +106,13 @@ class _Keys(NamedTuple):
 
 
 def _forward(q, k, v, queries, keys, scoring, layout):
-    def one(block):
-        q, queries = block
-        return attend_block(q, k, v, queries, keys, scoring, layout.keys)
+    def one(blocks, index):
+        q, places = jax.tree.map(lambda x: x[index], (blocks, query_blocks))
+        out, log_sums = attend_block(q, k, v, places, keys, scoring, layout.keys)
+        return blocks.at[index].set(out), log_sums  # in the place of its queries
 
-    out, log_sums = jax.lax.map(one, _query_blocks(layout, queries, q))
+    blocks, query_blocks = _in_blocks(layout, q, queries)
+    out, log_sums = jax.lax.scan(one, blocks, jnp.arange(len(blocks)))
     length = q.shape[-2]
     out, log_sums = scores.join(out, -2, length), scores.join(log_sums, -1, length)
     return out, (q, k, v, queries, keys, out, log_sums)
@@ -121,19 +123,26 @@ def _backward(scoring, layout, kept, d_out):
     q, k, v, queries, keys, out, log_sums = kept
     # What every score's gradient of a query has subtracted.
     shared = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
-    rows = [scores.split(x, -1, layout.queries) for x in (log_sums, shared)]
-    blocks = _query_blocks(layout, queries, q, d_out), *rows
+    blocks, query_blocks = _in_blocks(layout, q, queries)
+    d_out_blocks = scores.split(d_out, -2, layout.queries)
+    rows = [scores.split(x, -1, layout.queries)[..., None] for x in (log_sums, shared)]
 
-    def one(sums, block):
-        (q, d_out, queries), log_sums, shared = block
-        over = _Keys(k, v, keys, queries, scoring, layout.keys)
-        rows = q, d_out, log_sums[..., None], shared[..., None]
-        sums = jnp.zeros(q.shape, jnp.float32), *sums
-        d_q, *sums = over.scan(functools.partial(_add_gradients, scoring, rows), sums)
-        return tuple(sums), d_q.astype(q.dtype)
+    def one(carry, index):
+        sums, blocks = carry
+        given = blocks, d_out_blocks, *rows, query_blocks
+        *rows_here, places = jax.tree.map(lambda x: x[index], given)
+        over = _Keys(k, v, keys, places, scoring, layout.keys)
+        add = functools.partial(_add_gradients, scoring, rows_here)
+        d_q = jnp.zeros(blocks.shape[1:], jnp.float32)
+        d_q, *sums = over.scan(add, (d_q, *sums))
+        blocks = blocks.at[index].set(
+            d_q.astype(q.dtype)
+        )  # in the place of its queries
+        return (tuple(sums), blocks), None
 
-    zeros = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
-    (d_k, d_v), d_q = jax.lax.scan(one, zeros, blocks)
+    sums = _zeros(k, d_out), _zeros(v, d_out)
+    carry, _ = jax.lax.scan(one, (sums, blocks), jnp.arange(len(blocks)))
+    (d_k, d_v), d_q = carry
     d_q = scores.join(d_q, -2, q.shape[-2])
     return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype), None, None
 
@@ -162,10 +171,19 @@ def _added(sums, weights, rows, start):
     return jax.lax.dynamic_update_slice_in_dim(sums, share, start, axis=-2)
 
 
-def _query_blocks(layout: Layout, queries: Places, *rows: jax.Array):
-    """Arrays `[*B, K, G, T, H]` and places, cut into blocks."""
+def _in_blocks(layout: Layout, q: jax.Array, queries: Places):
+    """Queries `[*B, K, G, T, H]` and their places, cut into blocks."""
     cut = jax.tree.map(lambda x: scores.split(x, -1, layout.queries), queries)
-    return *(scores.split(x, -2, layout.queries) for x in rows), cut
+    return scores.split(q, -2, layout.queries), cut
+
+
+def _zeros(x: jax.Array, after: jax.Array) -> jax.Array:
+    """float32 zeros of a shape, which cannot be made before `after` is there.
+
+    XLA would make those of all layers at once, and keep them.
+    """
+    zero = jnp.minimum(jnp.abs(after[(0,) * after.ndim].astype(jnp.float32)), 0.0)
+    return jnp.broadcast_to(zero, x.shape)
 
 
 attend.defvjp(_forward, _backward)

@@ -8,12 +8,13 @@ import math
 from typing import NamedTuple
 
 from minillm_jax.config import ModelConfig
-from minillm_jax.model import attention
+from minillm_jax.model import attention, blockwise
 from minillm_jax.planning import costs
 from minillm_jax.training import loss
 
 SAMPLING_COPIES = 9  # of the logits: a step that samples, and what requests count
 SCALARS_BYTES = 2**20  # tokens, metrics and the like, at most
+REMAT_KEPT = 1.3  # layer's inputs of each layer: a little more than one was seen
 PACKING = 1.005  # of an optimiser's updates: 1.0022 was seen, gaps included
 
 
@@ -88,17 +89,16 @@ class Call(NamedTuple):
     def _kept_bytes(self) -> int:
         """What XLA keeps of every layer's attention beside its cache.
 
-        The outputs of queries that go in blocks, unless they replace the queries as
-        they do behind a cache; on a GPU both of them then, as compiled for an H200 at
-        most. A single block that meets its keys in blocks sums them up in float32; of
-        more rows than a block has it is as much as of those, so that more rows never
-        need less.
+        Blocks of queries are replaced by their outputs. On a GPU the outputs are kept,
+        behind a cache the queries too, as compiled for an H200 at most. A single block
+        behind a cache that meets its keys in blocks sums them up in float32; of more
+        rows than a block has it is as much as of those, so that more rows never need
+        less.
         """
         elements = self.config.num_layers * self.tokens * self.inner
-        if self.cached and self.platform != "gpu":
-            if self.tokens == 1 or self.tokens > attention.MAX_QUERY_BLOCK:
-                return 0
-            if self.keys <= attention.KEY_BLOCK:
+        if self.platform != "gpu":
+            several = 1 < self.tokens <= attention.MAX_QUERY_BLOCK
+            if not (self.cached and several and self.keys > attention.KEY_BLOCK):
                 return 0
             row = 4 * self.config.num_heads * self.tokens * attention.KEY_BLOCK
             rows = min(self.rows, max(1, attention.SCORE_BYTES // row))
@@ -113,18 +113,19 @@ def training_bytes(call: Call) -> int:
     """Bytes that a training step holds beside parameters, moments and gradients.
 
     What every layer keeps for its gradients, a layer's backward pass, and a chunk of
-    logits; while the optimiser runs, the updates instead. Bytes for each feature were
-    fitted to what XLA on CPU keeps (JAX 0.12), and are rounded up.
+    logits; while the optimiser runs, the updates instead. Gradients take the place of
+    what the layers kept, so that only the larger of both is counted. Bytes for each
+    feature were fitted to what XLA on CPU keeps (JAX 0.12), and are rounded up.
     """
-    running = _running_bytes(call, call.tokens, in_blocks=call.in_blocks())
-    if call.in_blocks():  # more rows or tokens never need less than a single block
-        length = _longest_single_block(call)
-        running = max(running, _running_bytes(call, length, in_blocks=False))
+    longest = min(float(call.tokens), _longest_at_once(call))
+    running = _running_bytes(call, longest, at_once=True)
+    if call.tokens > blockwise.TRAINING_BLOCK:  # never less than a shorter row at once
+        running = max(running, _running_bytes(call, call.tokens, at_once=False))
     updates = int(PACKING * costs.weight_bytes(call.config))
     return max(updates, int(running)) + SCALARS_BYTES
 
 
-def _longest_single_block(call: Call) -> float:
+def _longest_at_once(call: Call) -> float:
     """Tokens of a row whose scores would just fit one block of queries.
 
     Not rounded to whole tokens: of more rows it would be rounded by more at times, and
@@ -132,28 +133,34 @@ def _longest_single_block(call: Call) -> float:
     """
     scores = attention.SCORE_BYTES / (4 * call.rows * call.config.num_heads)
     fitting = max(attention.MIN_QUERY_BLOCK, math.sqrt(scores))
-    return min(attention.MAX_QUERY_BLOCK, fitting)
+    return min(blockwise.TRAINING_BLOCK, fitting)
 
 
-def _running_bytes(call: Call, length: float, *, in_blocks: bool) -> float:
-    """Of the forward and backward pass over rows of `length` tokens."""
+def _running_bytes(call: Call, length: float, *, at_once: bool) -> float:
+    """Of the forward and backward pass over rows of `length` tokens, less gradients."""
     config, tokens = call.config, call.rows * length
     layer = tokens * _stored_features(call)
-    size = costs.itemsize(config.dtype)
-    blocks = 4 * call.score_bytes()  # otherwise stored
-    if not in_blocks:
-        scores = call.rows * config.num_heads * length * length
-        layer += (9 if size == 4 else 12) * scores
-        blocks = 0
-    if config.remat:  # its input, and three of four arrays of the loops over blocks
-        loops = 2 * _heads(config) if in_blocks else 0
-        kept = config.num_layers * tokens * size * (config.dim_model + loops)
+    size, heads = costs.itemsize(config.dtype), call.rows * config.num_heads
+    if at_once:  # the scores are stored
+        layer += (9 if size == 4 else 12) * heads * length * length
+    if config.remat:
+        kept = REMAT_KEPT * tokens * size * config.dim_model
         backward = 1.45 if size == 4 else 1.7
     else:
-        kept, backward = config.num_layers * layer, 0.55
+        kept, backward = layer, 0.55
+    grads = costs.itemsize(config.param_dtype) * costs.layer_kernels(config)
+    kept = config.num_layers * (max(kept, grads) - grads)
     token = 4 * call.rows * config.vocab_size
     logits = max(token, min(token * length, loss.LOGITS_BYTES))
-    return kept + max(backward * layer + blocks, 4 * logits)
+    return kept + max(backward * layer + (0 if at_once else _blocks(call)), 4 * logits)
+
+
+def _blocks(call: Call) -> float:
+    """Scores of a block of queries and one of keys, and what becomes of them."""
+    size = blockwise.TRAINING_BLOCK
+    scores = 4 * call.rows * call.config.num_heads * size
+    fitting = max(attention.MIN_QUERY_BLOCK, attention.SCORE_BYTES / scores)
+    return 4 * scores * min(size, fitting)
 
 
 def _heads(config: ModelConfig) -> int:

@@ -66,6 +66,10 @@ def _training(model: MiniLLM, work: Workload) -> dict[str, Any]:
         lambda params: step.initial_state(params, optimizer),
         transformer.param_shapes(model),
     )
-    shape = (work.batch_size, work.context)
+    parts = 2 if work.accumulated else 1
+    shape = (parts * work.batch_size, work.context)
     tokens = jax.ShapeDtypeStruct(shape, np.int32)
-    return {"train": step.train_step.lower(model, optimizer, state, tokens)}
+    lowered = step.train_step.lower(
+        *(model, optimizer, state, tokens), accumulation=parts
+    )
+    return {"train": lowered}

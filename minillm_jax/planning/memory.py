@@ -144,6 +144,7 @@ def plan_memory(
     *,
     policy: kv.CachePolicy = kv.CachePolicy(),
     training: bool = False,
+    accumulated: bool = False,
     exact: bool = False,
 ) -> MemoryPlan:
     """The plan of generating, or training, with a config on a device; nothing is made.
@@ -161,6 +162,7 @@ def plan_memory(
       policy: of the cache.
       training: a step of AdamW instead of prefill and decode; parameters whose dtype is
         "auto" are float32 then.
+      accumulated: a step sums the gradients of several batches of so many rows.
       exact: also compiles what is planned, from shapes, and takes XLA's figures; only
         for the platform at hand.
 
@@ -182,6 +184,7 @@ def plan_memory(
         context=longest,
         policy=policy,
         training=training,
+        accumulated=training and accumulated,
     )
     if isinstance(tokens, Auto):
         longest = plan(work, device).max_context

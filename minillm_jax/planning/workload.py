@@ -48,6 +48,7 @@ class Workload:
     policy: kv.CachePolicy = kv.CachePolicy()
     forward_tokens: int = 0  # of the longest forward without cache
     training: bool = False
+    accumulated: bool = False  # gradients of several such batches are summed
     # What `config` was before a context shortened it, where one did.
     longer: ModelConfig | None = dataclasses.field(default=None, compare=False)
 
@@ -152,12 +153,15 @@ class Workload:
         return min(self.config.prefill_chunk, self.allocated)
 
     def _training(self, platform: str) -> dict[str, int]:
-        """AdamW holds two moments of each parameter; gradients are as parameters."""
+        """AdamW holds two moments of each parameter; gradients are as parameters.
+
+        Those of a batch in parts are there twice: the sum, and what a part adds.
+        """
         config, length = self.config, self.context
         call = Call(config, platform, self.batch_size, length, length, cached=False)
         return {
             "optimizer": 2 * self.weights_bytes,
-            "gradients": self.weights_bytes,
+            "gradients": (2 if self.accumulated else 1) * self.weights_bytes,
             "activations": training_bytes(call),
         }
 
