@@ -78,7 +78,7 @@ def attend(
 
     def by_blocks(q, k, v, queries, keys):
         if not in_place:
-            size = blockwise.TRAINING_BLOCK
+            size = min(blockwise.TRAINING_BLOCK, slots)
             layout = blockwise.Layout(min(size, query_block(q.shape, size)), size)
             out: Any = blockwise.attend(q, k, v, queries, keys, scoring, layout)
             return out
@@ -91,7 +91,8 @@ def attend(
 
         return in_blocks(one, q, queries, query_block(q.shape, KEY_BLOCK))
 
-    if length == 1 or slots <= (KEY_BLOCK if in_place else blockwise.TRAINING_BLOCK):
+    few = slots <= (KEY_BLOCK if in_place else blockwise.TRAINING_BLOCK)
+    if length == 1 or (few and (in_place or query_block(q.shape, slots) >= length)):
         return at_once(q, k, v, queries, keys)
     return jax.lax.platform_dependent(
         *(q, k, v, queries, keys), cuda=at_once, default=by_blocks

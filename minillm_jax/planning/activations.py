@@ -119,7 +119,7 @@ def training_bytes(call: Call) -> int:
     """
     longest = min(float(call.tokens), _longest_at_once(call))
     running = _running_bytes(call, longest, at_once=True)
-    if call.tokens > blockwise.TRAINING_BLOCK:  # never less than a shorter row at once
+    if call.tokens > longest:  # never less than a shorter row at once
         running = max(running, _running_bytes(call, call.tokens, at_once=False))
     updates = int(PACKING * costs.weight_bytes(call.config))
     return max(updates, int(running)) + SCALARS_BYTES
@@ -157,7 +157,7 @@ def _running_bytes(call: Call, length: float, *, at_once: bool) -> float:
 
 def _blocks(call: Call) -> float:
     """Scores of a block of queries and one of keys, and what becomes of them."""
-    size = blockwise.TRAINING_BLOCK
+    size = min(blockwise.TRAINING_BLOCK, call.tokens)
     scores = 4 * call.rows * call.config.num_heads * size
     fitting = max(attention.MIN_QUERY_BLOCK, attention.SCORE_BYTES / scores)
     return 4 * scores * min(size, fitting)

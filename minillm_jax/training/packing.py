@@ -43,14 +43,14 @@ class Packing:
         packed = [self._row(index) for index in range(first, first + rows)]
         return _stacked(packed)
 
-    def epoch(self, rows: int, most: int | None = None) -> Iterator[Batch]:
+    def epoch(self, rows: int, most: int) -> Iterator[Batch]:
         """The batches of the first epoch, `most` of them at most.
 
         Every row is in one of them; rows of padding fill the last.
         """
         count = -(-self.num_rows // rows)
         padding = np.zeros(self._length, np.int32), np.zeros(self._length, np.int32)
-        for first in range(0, count if most is None else min(count, most)):
+        for first in range(min(count, most)):
             indices = range(first * rows, (first + 1) * rows)
             yield _stacked(
                 [self._row(i) if i < self.num_rows else padding for i in indices]

@@ -57,7 +57,7 @@ class TrainSettings:
     seed: Annotated[int, Range(0, 2**31 - 1)] = 0  # of the weights and the batches
 
     eval_every: Annotated[int, _COUNT] = 100  # steps; the last one always
-    eval_batches: Annotated[int | None, _COUNT] = None  # None = all of the split
+    eval_batches: Annotated[int, _COUNT] = 64  # at most, of the validation split
     checkpoint_every: Annotated[int, _COUNT] = 100  # steps; the last one always
     keep: Annotated[int, _COUNT] = 2  # newest checkpoints, beside the best
     tensorboard: bool = True  # also write WORKDIR/tensorboard

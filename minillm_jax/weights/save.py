@@ -47,7 +47,8 @@ def save_pretrained(
       path: the folder; made where it is not there.
       model: its config decides the architecture.
       params: the inner tree, written in its own dtype, bit for bit.
-      tokenizer: from `load_tokenizer` or `load_pretrained`, whose files are copied.
+      tokenizer: from `load_tokenizer` or `load_pretrained`, whose files are copied, or
+        a ByteTokenizer, for which a tokenizer.json is written.
       shard_bytes: the most that a file of weights is to hold.
 
     Raises:

@@ -70,6 +70,7 @@ def test_generating_in_bfloat16_takes_what_the_compiler_says(batch_size):
         (8, 512, {"num_kv_heads": 2, "qk_norm": True}),
         (8, 128, {"activation": "gelu_tanh", "post_norms": True}),
         (4, 512, {"dtype": "bfloat16", "dim_ff": 4096}),
+        (400, 64, {}),  # queries in blocks, because there are many rows
     ],
 )
 def test_a_training_step_takes_no_more_and_not_much_less(rows, length, changes, remat):

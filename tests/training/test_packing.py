@@ -80,3 +80,14 @@ def test_epochs_differ():
     packed = packing(range(1, 40), 16)
     first, second = (packed.batch(epoch, packed.num_rows) for epoch in range(2))
     assert not np.array_equal(first.tokens, second.tokens)
+
+
+def test_a_pass_over_all_rows_pads_the_last_batch():
+    packed = packing(range(1, 12), 8)  # 66 tokens: 9 rows
+    batches = list(packed.epoch(4, 100))
+    assert [batch.tokens.shape for batch in batches] == [(4, 8)] * 3
+    segments = np.concatenate([batch.segment_ids for batch in batches])
+    assert np.all(segments[9:] == 0)
+    tokens = np.concatenate([batch.tokens for batch in batches])[segments > 0]
+    np.testing.assert_array_equal(np.sort(tokens), np.arange(66))
+    assert len(list(packed.epoch(4, 2))) == 2

@@ -8,6 +8,7 @@ import optax
 import pytest
 
 import minillm_jax as mj
+from minillm_jax.model import transformer
 from minillm_jax.testing import tiny_config
 from minillm_jax.training import loss, step
 from minillm_jax.training import optimizer as optimizers
@@ -117,3 +118,25 @@ def test_evaluation_is_the_loss_before_the_update():
     total, counted = step.eval_step(model, state.params, tokens)
     _, metrics = step.train_step(model, optimizer, state, tokens)
     np.testing.assert_allclose(metrics.loss, total / counted, rtol=1e-6)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_memory_grows_in_proportion_to_the_length(remat):
+    """Temporary bytes of a token are the same at 1K, 2K and 4K, but for a step of 1.2.
+
+    The scores of a whole sequence would be 6 times all the rest at 4K.
+    """
+    fields = {"max_seq_len": 4096, "max_kv_cache_len": 4096, "prefill_chunk": 64}
+    model = mj.create_model(tiny_config(remat=remat, **fields))
+    optimizer = optimizers.adamw(1e-3)
+    state = jax.eval_shape(
+        lambda params: step.initial_state(params, optimizer),
+        transformer.param_shapes(model),
+    )
+    temporary = []
+    for length in (1024, 2048, 4096):
+        tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
+        lowered = step.train_step.lower(model, optimizer, state, tokens, tokens)
+        found = lowered.compile().memory_analysis()
+        temporary.append(found.temp_size_in_bytes / length)
+    assert max(temporary) < 1.3 * min(temporary), temporary

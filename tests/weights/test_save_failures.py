@@ -179,11 +179,10 @@ def test_a_config_of_no_architecture_is_refused_before_anything_is_written(tmp_p
 @pytest.mark.parametrize(
     "make",
     [
-        mj.ByteTokenizer,
         object,
         lambda: FileTokenizer(tokenizers.Tokenizer(models.BPE({"a": 0}, []))),
     ],
-    ids=["bytes", "object", "not read from files"],
+    ids=["object", "not read from files"],
 )
 def test_a_tokenizer_without_files_is_refused_before_anything_is_written(
     tmp_path, pair, make

@@ -1,0 +1,34 @@
+"""A small model of Python source, byte by byte: 3.6 M parameters, 512 tokens.
+
+    python -m minillm_jax.cli.train --config=configs/python.py --workdir=runs/python
+    python -m minillm_jax.cli.generate --workdir=runs/python --prompt="def "
+
+It learns from the source of Python's own standard library: nothing is downloaded.
+"""
+
+from minillm_jax.cli import config_files
+
+
+def get_config():
+    """A model whose bfloat16 weights are below 8 MB; change fields here."""
+    config = config_files.preset("small")
+
+    config.model.vocab_size = 256  # bytes
+    config.model.max_seq_len = 512
+    config.model.max_kv_cache_len = 1024
+    config.model.dim_model = 256
+    config.model.num_heads = 4
+    config.model.num_kv_heads = 2
+    config.model.num_layers = 5
+    config.model.dim_ff = 704
+    config.model.tie_embeddings = True
+
+    config.train.steps = 3000  # of 8192 bytes: two times over the data
+    config.train.batch_size = 16
+    config.train.learning_rate = 2e-3
+    config.train.warmup_steps = 150
+    config.train.eval_every = 250
+    config.train.checkpoint_every = 250
+
+    config.decode.contexts = (128, 1024)
+    return config
