@@ -14,7 +14,8 @@ from minillm_jax.planning import costs
 from minillm_jax.planning.activations import Call, training_bytes
 
 GPU_LIBRARY_BYTES = 64 * 2**20
-CPU_LIBRARY_WIDTH = 1.5  # bytes of each token's gated features in every layer
+# Bytes of each token's gated features in every layer: forward, and with a gradient.
+CPU_LIBRARY_WIDTH, CPU_TRAINING_WIDTH = 1.5, 9.0
 
 Moments = dict[str, dict[str, int]]  # moment -> class -> bytes alive then
 
@@ -145,7 +146,8 @@ class Workload:
         if platform != "cpu" or costs.itemsize(self.config.dtype) == 4:
             return 0
         gated = self.config.num_layers * tokens.get(moment, 0) * self.config.dim_ff
-        return int(CPU_LIBRARY_WIDTH * self.batch_size * gated)
+        width = CPU_TRAINING_WIDTH if self.training else CPU_LIBRARY_WIDTH
+        return int(width * self.batch_size * gated)
 
     @property
     def _chunk(self) -> int:
