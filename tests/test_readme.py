@@ -83,7 +83,8 @@ def test_the_generate_lines_of_the_readme_are_right(monkeypatch):
     for line in lines:
         found.unparse_flags()
         assert found(["generate", *shlex.split(line)]) == ["generate"]
-        assert found["config"].value in mj.Configs.names or found["model"].value
+        folders = [found[name].value for name in ("model", "workdir")]
+        assert found["config"].value in mj.Configs.names or any(folders)
 
 
 def test_the_preset_table_of_the_readme_is_that_of_the_code():
