@@ -59,7 +59,7 @@ def _model(config: ModelConfig) -> Any:
         num_key_value_heads=config.num_kv_heads,
         head_dim=config.head_dim,
         max_position_embeddings=config.max_kv_cache_len,
-        attn_implementation="sdpa",
+        attn_implementation="sdpa",  # pyright: ignore[reportCallIssue]
     )
     previous = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
