@@ -15,6 +15,7 @@ from minillm_jax.training import loss
 SAMPLING_COPIES = 9  # of the logits: a step that samples, and what requests count
 SCALARS_BYTES = 2**20  # tokens, metrics and the like, at most
 REMAT_KEPT = 1.3  # layer's inputs of each layer: a little more than one was seen
+APART = 0.35  # of the gradients: they take no more than the rest of what was kept
 PACKING = 1.005  # of an optimiser's updates: 1.0022 was seen, gaps included
 
 
@@ -113,9 +114,9 @@ def training_bytes(call: Call) -> int:
     """Bytes that a training step holds beside parameters, moments and gradients.
 
     What every layer keeps for its gradients, a layer's backward pass, and a chunk of
-    logits; while the optimiser runs, the updates instead. Gradients take the place of
-    what the layers kept, so that only the larger of both is counted. Bytes for each
-    feature were fitted to what XLA on CPU keeps (JAX 0.12), and are rounded up.
+    logits; while the optimiser runs, the updates instead. Most gradients take the place
+    of what the layers kept. Bytes for each feature, and that share, were fitted to what
+    XLA on CPU keeps (JAX 0.12), and are rounded up.
     """
     longest = min(float(call.tokens), _longest_at_once(call))
     running = _running_bytes(call, longest, at_once=True)
@@ -148,8 +149,11 @@ def _running_bytes(call: Call, length: float, *, at_once: bool) -> float:
         backward = 1.45 if size == 4 else 1.7
     else:
         kept, backward = layer, 0.55
-    grads = costs.itemsize(config.param_dtype) * costs.layer_kernels(config)
-    kept = config.num_layers * (max(kept, grads) - grads)
+    stored = costs.itemsize(config.param_dtype)
+    grads = stored * costs.layer_kernels(config)
+    kept = config.num_layers * (max(kept, grads) - (1 - APART) * grads)
+    if size != stored:  # kernels as they are computed in
+        kept += size * costs.parameters(config)
     token = 4 * call.rows * config.vocab_size
     logits = max(token, min(token * length, loss.LOGITS_BYTES))
     return kept + max(backward * layer + (0 if at_once else _blocks(call)), 4 * logits)

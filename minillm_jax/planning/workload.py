@@ -14,8 +14,7 @@ from minillm_jax.planning import costs
 from minillm_jax.planning.activations import Call, training_bytes
 
 GPU_LIBRARY_BYTES = 64 * 2**20
-# Bytes of each token's gated features in every layer: forward, and with a gradient.
-CPU_LIBRARY_WIDTH, CPU_TRAINING_WIDTH = 1.5, 9.0
+CPU_LIBRARY_WIDTH = 1.5  # bytes of each token's gated features in every layer
 
 Moments = dict[str, dict[str, int]]  # moment -> class -> bytes alive then
 
@@ -146,8 +145,7 @@ class Workload:
         if platform != "cpu" or costs.itemsize(self.config.dtype) == 4:
             return 0
         gated = self.config.num_layers * tokens.get(moment, 0) * self.config.dim_ff
-        width = CPU_TRAINING_WIDTH if self.training else CPU_LIBRARY_WIDTH
-        return int(width * self.batch_size * gated)
+        return int(CPU_LIBRARY_WIDTH * self.batch_size * gated)
 
     @property
     def _chunk(self) -> int:
