@@ -7,6 +7,7 @@ wrong ends with exit code 2 and one line on stderr, without a traceback.
 
 import contextlib
 import dataclasses
+import functools
 import io
 import logging
 import os
@@ -46,11 +47,15 @@ def run(
     *,
     optional: bool = False,
     named: Callable[[], str | None] = lambda: None,
+    unnamed: str | None = None,
 ) -> None:
     """Parses the command line and calls `main` with the config; exits.
 
-    Where it is `optional` and not given, `main` gets None. `named` may name a model's
-    folder in another way than by --model.
+    Args:
+      main: gets the config.
+      optional: whether it may be missing; `main` then gets None.
+      named: may name a model's folder in another way than by --model.
+      unnamed: what --model is where the command line names neither config nor model.
     """
     help_text = f"A config file, or a preset: {_PRESETS}"
     flag = config_flags.DEFINE_config_file("config", None, help_text)
@@ -69,10 +74,10 @@ def run(
             compilation_cache.use_compilation_cache(folder)
         main(flag.value)
 
-    run_plain(with_config)
+    run_plain(with_config, unnamed=unnamed)
 
 
-def run_plain(main: Callable[[], None]) -> None:
+def run_plain(main: Callable[[], None], *, unnamed: str | None = None) -> None:
     """Parses the command line and calls `main`, which needs no config; exits."""
 
     def checked(argv: Sequence[str]) -> None:
@@ -102,14 +107,14 @@ def run_plain(main: Callable[[], None]) -> None:
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what it cannot write becomes "?"
             stream.reconfigure(errors="replace")
-    app.run(checked, flags_parser=_parse)
+    app.run(checked, flags_parser=functools.partial(_parse, unnamed=unnamed))
 
 
-def _parse(argv: Sequence[str]) -> list[str]:
+def _parse(argv: Sequence[str], *, unnamed: str | None) -> list[str]:
     """Flags, with presets resolved; exits with one line where they are wrong."""
     path, absl = None, logging.getLogger("absl")
     try:
-        argv, path = _resolve_config(list(argv))
+        argv, path = _resolve_config(_with_model([*argv], unnamed))
         absl.disabled = True  # it would warn of what is told in one line below
         return flags.FLAGS(argv)
     except UserError as error:
@@ -120,6 +125,14 @@ def _parse(argv: Sequence[str]) -> list[str]:
         _exit(_raised_in(path, error) or _unknown_field(argv, error) or _text(error))
     finally:
         absl.disabled = False
+
+
+def _with_model(argv: list[str], unnamed: str | None) -> list[str]:
+    """The arguments, and a --model where no flag names a config or a folder."""
+    names = {arg.split("=")[0].lstrip("-") for arg in argv[1:] if arg.startswith("-")}
+    if unnamed is None or names & {"config", *_FOLDERS}:
+        return argv
+    return [*argv[:1], f"--model={unnamed}", *argv[1:]]
 
 
 def _use_folder(config: Any, given: str | None) -> None:

@@ -1,12 +1,14 @@
 """Text from a prompt, streamed to the terminal, or a chat.
 
+    python -m minillm_jax.cli.generate --prompt="def "
     python -m minillm_jax.cli.generate --config=small --prompt="Once upon a time"
     python -m minillm_jax.cli.generate --model=FOLDER --chat
     python -m minillm_jax.cli.generate --workdir=runs/a --prompt="def "
 
-Every field of SamplingParams is a flag of the same name. The text goes to stdout,
-rates to stderr; with --json one object goes to stdout instead. Ctrl-C ends with what
-there is so far, and exit code 130.
+Where nothing names a model it is the small one of Python source that comes with the
+package. Every field of SamplingParams is a flag of the same name. The text goes to
+stdout, rates to stderr; with --json one object goes to stdout instead. Ctrl-C ends with
+what there is so far, and exit code 130.
 """
 
 import json
@@ -28,7 +30,7 @@ from minillm_jax.planning.memory import MemoryPlan
 from minillm_jax.planning.workload import Workload
 from minillm_jax.text import tokenizer as tokenizers
 from minillm_jax.training import run_folder
-from minillm_jax.weights import load
+from minillm_jax.weights import hub, load
 
 FLAGS = flags.FLAGS
 
@@ -170,4 +172,4 @@ def trained() -> str | None:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main, named=trained)
+    app.run(main, named=trained, unnamed=str(hub.SHIPPED))

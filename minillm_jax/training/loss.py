@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from minillm_jax.model.transformer import MiniLLM
 
@@ -20,23 +20,26 @@ def next_token_loss(
     params: Mapping[str, Any],
     tokens: Int[Array, "B T"],
     segment_ids: Int[Array, "B T"] | None = None,
+    chosen: Bool[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
     """The sum of -log p(next token) in nats, and how many tokens it is the sum of.
 
     Of packed documents a token predicts the next one of its own document alone; without
-    `segment_ids` a row is one document.
+    `segment_ids` a row is one document. Of those predicted only the `chosen` count.
     """
     x, _ = model.apply(
         {"params": params}, tokens, segment_ids=segment_ids, method="hidden"
     )  # pyright: ignore[reportAssignmentType]
     targets, counted = _next_tokens(tokens, segment_ids)
+    if chosen is not None:  # by where a token is, not by where it is predicted
+        counted &= jnp.roll(chosen, -1, axis=1)
 
     @jax.checkpoint
     def chunk_loss(chunk):
         x, targets, counted = chunk
         logits: Any = model.apply({"params": params}, x, method="unembed")
-        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        losses = jax.nn.logsumexp(logits, axis=-1) - chosen
+        wanted = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        losses = jax.nn.logsumexp(logits, axis=-1) - wanted
         return jnp.sum(jnp.where(counted, losses, 0.0))
 
     size = chunk_size(tokens.shape[0], tokens.shape[1], model.config.vocab_size)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from minillm_jax.model.transformer import MiniLLM
 from minillm_jax.training import loss
@@ -82,9 +82,10 @@ def eval_step(
     params: Params,
     tokens: Int[Array, "B T"],
     segment_ids: Int[Array, "B T"] | None = None,
+    chosen: Bool[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
     """The loss of a batch in nats, a sum, and how many tokens it is the sum of."""
-    return loss.next_token_loss(model, params, tokens, segment_ids)
+    return loss.next_token_loss(model, params, tokens, segment_ids, chosen)
 
 
 def _summed(model, params, tokens, segment_ids, accumulation: int):

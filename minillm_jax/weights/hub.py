@@ -6,6 +6,8 @@ import re
 
 from minillm_jax.weights.errors import CheckpointError
 
+# A small model of Python source that comes with the package.
+SHIPPED = pathlib.Path(__file__).parents[1] / "models" / "python"
 _NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _FILES = [
     *("config.json", "generation_config.json", "model*.safetensors"),

@@ -28,7 +28,7 @@ _BUFFER = ".rotary_emb.inv_freq"  # in files of before 2023; computed here
 
 
 def load_pretrained(
-    path: str | pathlib.Path,
+    path: str | pathlib.Path = hub.SHIPPED,
     dtype: str | None = None,
     *,
     ignore_keys: Sequence[str] = (),
@@ -37,7 +37,8 @@ def load_pretrained(
 
     Args:
       path: a folder with config.json and safetensors; or "org/name", which
-        huggingface_hub downloads where it is installed (the extra `hub`).
+        huggingface_hub downloads where it is installed (the extra `hub`); without one
+        the small model of Python source that comes with the package.
       dtype: of parameters, computation and cache; None = bfloat16 on GPU and TPU,
         float32 on CPU, whatever the files have.
       ignore_keys: keys of config.json that are not known here and are to be passed
