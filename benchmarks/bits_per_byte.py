@@ -93,8 +93,8 @@ def _measured(model, params, tokenizer, found: Corpus) -> dict[str, Any]:
         )
     seconds = time.perf_counter() - start
     text = b"".join(
-        tokenizer.decode(found.tokens[a:b].tolist()).encode()
-        for a, b in zip(found.starts[documents], found.starts[documents + 1])
+        tokenizer.decode(found.tokens[slice(*ends)].tolist()).encode()
+        for ends in zip(*(found.starts[documents + i] for i in (0, 1)), strict=True)
     )
     compressed = {
         "gzip -9": gzip.compress(text, 9),

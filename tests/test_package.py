@@ -20,6 +20,7 @@ LAYERS = (
     ("rope_scaling", "compilation_cache"),
     ("config_rules",),
     ("config", "model.products"),
+    ("reference",),
     ("planning.costs", "model.rope", "model.layers", "model.cache"),
     ("model.cudnn", "model.scores"),
     ("model.blockwise",),
@@ -31,6 +32,7 @@ LAYERS = (
     ("decoding.executables",),
     ("decoding.stream",),
     ("decoding.generator",),
+    ("decoding.verify",),
     ("weights.errors", "weights.families"),
     ("weights.rope_parameters",),
     ("weights.windows",),
@@ -42,6 +44,7 @@ LAYERS = (
     ("training.packing",),
     ("training.loss",),
     ("training.optimizer", "training.step"),
+    ("training.evaluation",),
     ("planning.devices", "planning.automatic", "planning.activations"),
     ("planning.machine", "planning.workload", "planning.bounds"),
     ("planning.compiled",),
@@ -52,8 +55,8 @@ LAYERS = (
     ("training.train",),
     ("cli",),
 )
-# Test help stands apart: the oracle shares no code with the model.
-STANDS_APART = {"testing": ("config",)}
+# The oracle and test help stand apart: they share no code with the model.
+STANDS_APART = {"reference": ("config",), "testing": ("config", "reference")}
 
 
 def modules():
