@@ -12,6 +12,7 @@ from minillm_jax.decoding.executables import (
     CompileForbiddenError as CompileForbiddenError,
 )
 from minillm_jax.decoding.generator import Generator as Generator
+from minillm_jax.decoding.prompt_cache import PromptCacheError as PromptCacheError
 from minillm_jax.decoding.requests import Completion as Completion
 from minillm_jax.decoding.requests import Piece as Piece
 from minillm_jax.decoding.sampling import SamplingParams as SamplingParams

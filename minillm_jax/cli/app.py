@@ -23,6 +23,7 @@ from ml_collections import config_flags
 from minillm_jax import compilation_cache, validation
 from minillm_jax.cli import config_files, model_folder, preset_file
 from minillm_jax.config import LEGACY_NAMES, Configs, ModelConfig
+from minillm_jax.decoding.prompt_cache import PromptCacheError
 from minillm_jax.model.cache import CacheOverflowError
 from minillm_jax.text.tokenizer import TokenizerError
 from minillm_jax.training.errors import DataError, TrainingError
@@ -37,7 +38,7 @@ class UserError(Exception):
 _PRESETS = ", ".join(Configs.names)
 _FOLDERS = ("model", "workdir")  # flags that name a folder with a config of its own
 _USER_ERRORS = (
-    *(UserError, validation.ConfigError, CacheOverflowError),
+    *(UserError, validation.ConfigError, CacheOverflowError, PromptCacheError),
     *(TokenizerError, CheckpointError, DataError, TrainingError),
 )
 

@@ -6,6 +6,7 @@
     prefill      batch, capacity, prefill chunk                 `decode.prefill_chunk`
     first_token  batch, greedy or sampling                      `decode.first_tokens`
     decode       batch, capacity, greedy or sampling, steps     `decode.decode_requests`
+    copy_rows    batch, capacity, a kept prompt's capacity      `cache.copy_rows`
 
 Nothing else that a Generator does compiles: arrays reach the device by `device_put`.
 """
@@ -14,7 +15,7 @@ import collections
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +27,12 @@ from minillm_jax.model import cache as kv
 from minillm_jax.model.transformer import MiniLLM
 
 _WITH_PARAMS = ("prefill", "decode")
+_UNITS = {  # of a key's size
+    "prefill": "chunk",
+    "decode": "steps",
+    "grow_cache": "slots",
+    "copy_rows": "kept",
+}
 
 
 class CompileForbiddenError(RuntimeError):
@@ -38,7 +45,7 @@ class Key(NamedTuple):
     name: str
     batch_size: int
     capacity: int | None = None  # tokens a row of the cache can hold
-    size: int | None = None  # tokens of a prefill chunk, steps of a decode chunk, slots
+    size: int | None = None  # in the unit of _UNITS
     sampling: bool | None = None  # or greedy
 
     def __str__(self) -> str:
@@ -46,8 +53,7 @@ class Key(NamedTuple):
         if self.capacity is not None:
             parts.append(f"capacity={self.capacity}")
         if self.size is not None:
-            unit = {"decode": "steps", "prefill": "chunk"}.get(self.name, "slots")
-            parts.append(f"{unit}={self.size}")
+            parts.append(f"{_UNITS[self.name]}={self.size}")
         if self.sampling is not None:
             parts.append("sampling" if self.sampling else "greedy")
         return f"{self.name}({', '.join(parts)})"
@@ -96,6 +102,24 @@ class Executables:
         """Arrays of the host on the device."""
         return jax.device_put(tree, self._device)
 
+    def prefilled(self, tokens: Sequence[int], capacity: int) -> dict[str, Any]:
+        """A new cache of one row that has seen some tokens."""
+        row = np.asarray([tokens], np.int32)
+        cache = self(Key("init_cache", 1, capacity))
+        logits: Any = np.zeros((1, self.model.config.vocab_size), np.float32)
+        lengths = np.array([len(tokens)], np.int32)
+        for chunk, remaining in decode.prompt_chunks(
+            self.model.config, row, lengths, len(tokens)
+        ):
+            logits, cache = self(
+                Key("prefill", 1, capacity, chunk.shape[1]),
+                cache=cache,
+                logits=logits,
+                tokens=chunk,
+                remaining=remaining,
+            )
+        return jax.block_until_ready(cache)
+
     @contextlib.contextmanager
     def forbidden(self) -> Iterator[None]:
         """A block in which compiling raises CompileForbiddenError."""
@@ -110,8 +134,8 @@ class Executables:
         """Executables by name."""
         return dict(collections.Counter(key.name for key in self._table))
 
-    def keys(self, batch_size: int) -> list[Key]:
-        """All executables of a batch size."""
+    def keys(self, batch_size: int, kept: Iterable[int] = ()) -> list[Key]:
+        """All executables of a batch size, where caches of some capacities are kept."""
         key = functools.partial(Key, batch_size=batch_size)
         found = [key("first_token", sampling=kind) for kind in (False, True)]
         for capacity in self.capacities:
@@ -122,6 +146,7 @@ class Executables:
             found += [at("prefill", size=size) for size in sizes]
             for kind in (False, True):
                 found += [at("decode", size=n, sampling=kind) for n in self._steps]
+            found += [at("copy_rows", size=n) for n in sorted({*kept}) if n <= capacity]
         return found
 
     def compile(self, key: Key) -> float:
@@ -180,6 +205,12 @@ class Executables:
             leaves = [x for x in jax.tree.leaves(cache) if x.shape[-2:-1] == (old,)]
             padded = jax.jit(kv.padded, static_argnames="slots")
             return padded, self._shapes({"leaf": leaves[0]}), {"slots": key.size}
+        if key.name == "copy_rows":
+            source = kv.cache_shapes(config, 1, key.size, policy=self.policy)
+            rows, length = shape((batch_size,), np.bool_), shape((), np.int32)
+            arguments = {"cache": cache, "source": source, "rows": rows}
+            copied = jax.jit(kv.copy_rows, donate_argnames="cache")
+            return copied, self._shapes(arguments | {"length": length}), {}
         static = {"model": self.model, "policy": self.policy}
         arguments = {"cache": cache}
         if key.name == "prefill":

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import logging
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -10,14 +11,16 @@ import numpy as np
 
 from minillm_jax import progress, validation
 from minillm_jax.config import ModelConfig
-from minillm_jax.decoding import requests
+from minillm_jax.decoding import prompt_cache, requests
 from minillm_jax.decoding.decode import Params
-from minillm_jax.decoding.executables import Executables
+from minillm_jax.decoding.executables import Executables, smallest_holding
+from minillm_jax.decoding.prompt_cache import PromptCacheError
 from minillm_jax.decoding.requests import Completion, Prompt
 from minillm_jax.decoding.sampling import SamplingParams, request_arrays
 from minillm_jax.decoding.stream import Loop, Session, Stream
 from minillm_jax.model import cache as kv
 from minillm_jax.model import transformer
+from minillm_jax.planning import costs
 from minillm_jax.text.tokenizer import Tokenizer
 
 # Steps of the decode chunks that a stream uses, and those that `generate` does.
@@ -38,6 +41,7 @@ class Generator:
         raises before any work, "stop" ends the row with the finish_reason "cache_full",
         "ring" goes on and overwrites the oldest tokens.
       num_sinks: first tokens that a ring keeps (arXiv:2309.17453).
+      prompt_cache_bytes: what `remember` and `load_cache` may keep on the device.
 
     Raises:
       ConfigError: for an unknown policy, or sinks that the config cannot keep.
@@ -50,6 +54,8 @@ class Generator:
         tokenizer: Tokenizer | None = None,
         overflow: str = "stop",
         num_sinks: int = 0,
+        *,
+        prompt_cache_bytes: int = prompt_cache.BUDGET_BYTES,
     ):
         policy = kv.CachePolicy(overflow=overflow, num_sinks=num_sinks)
         if not isinstance(model, transformer.MiniLLM):
@@ -72,6 +78,12 @@ class Generator:
             capacities=capacities(model.config, policy),
             steps=GENERATE_STEPS,
         )
+        bounds = validation.Range(0, 2**60)
+        budget = validation.whole_number(
+            "prompt_cache_bytes", prompt_cache_bytes, bounds
+        )
+        self._prompts = prompt_cache.PromptCache(model.config, policy, budget)
+        self._origin = prompt_cache.Origin(model.config, params, tokenizer)
         known = _known_ids(tokenizer, model.config.vocab_size)
         self._known = self._executables.put(known)
         if getattr(tokenizer, "eos_token_ids", ()) and not model.config.eos_token_ids:
@@ -166,14 +178,93 @@ class Generator:
         if self._random:
             _warn_once("the weights are random: the output is noise")
         run = self._executables
-        return Stream(Loop(run, rows, arrays, steps=steps, session=session))
+        loop = Loop(
+            *(run, rows, arrays), steps=steps, prompts=self._prompts, session=session
+        )
+        return Stream(loop)
+
+    def remember(self, prompt: Prompt) -> int:
+        """Keeps the cache of a prompt, such as a system message, for all that follow.
+
+        What later prompts have in common with it, token by token from the first, is not
+        prefilled again. Kept caches that have not been used for longest make room where
+        `prompt_cache_bytes` are not enough.
+
+        Returns:
+          Its tokens.
+
+        Raises:
+          CacheOverflowError: if it is longer than the cache.
+          PromptCacheError: if it alone takes more than `prompt_cache_bytes`.
+          ConfigError: for anything that is not one prompt.
+        """
+        config, run = self.model.config, self._executables
+        tokens = requests.prompt_ids(config, self.tokenizer, prompt)
+        longest = config.max_kv_cache_len
+        if len(tokens) > longest:
+            raise kv.CacheOverflowError(
+                f"prompt has {len(tokens)} tokens, but max_kv_cache_len={longest}; "
+                "only what fits without a ring can be kept"
+            )
+        capacity = smallest_holding(run.capacities, len(tokens))
+        slots = kv.num_slots(config, capacity, self.policy)
+        self._prompts.check(costs.cache_bytes(config, 1, slots))
+        cache = run.prefilled(tokens, capacity)
+        self._prompts.keep(prompt_cache.Kept(tuple(tokens), cache, capacity))
+        return len(tokens)
+
+    def forget(self) -> None:
+        """Gives up all that `remember` and `load_cache` keep."""
+        self._prompts.clear()
+
+    def save_cache(self, path: str | os.PathLike[str]) -> None:
+        """Writes what `remember` keeps to a file, which replaces one of that name.
+
+        The format is in prompt_cache.py; the first call reads all weights once, for a
+        fingerprint.
+
+        Raises:
+          PromptCacheError: if nothing is kept.
+        """
+        if not len(self._prompts):
+            raise PromptCacheError("nothing is kept yet: call remember(prompt) first")
+        prompt_cache.write(path, self._prompts.kept, self._origin)
+
+    def load_cache(self, path: str | os.PathLike[str]) -> int:
+        """Keeps what a file of `save_cache` has, as `remember` does.
+
+        Returns:
+          How many prompts that are.
+
+        Raises:
+          PromptCacheError: for a file that is damaged, or was made with another config,
+            other weights or another tokenizer; nothing of it is kept.
+        """
+        config, run = self.model.config, self._executables
+        loaded = []
+        for arrays in prompt_cache.read(path, self._origin):
+            tokens = tuple(arrays["tokens"].tolist())
+            capacity = smallest_holding(run.capacities, len(tokens))
+            if len(tokens) > capacity:
+                raise PromptCacheError(
+                    f"{path}: has a prompt of {len(tokens)} tokens, but "
+                    f"max_kv_cache_len={config.max_kv_cache_len}"
+                )
+            shapes = kv.cache_shapes(config, 1, capacity, policy=self.policy)
+            cache = run.put(prompt_cache.filled(arrays, shapes))
+            loaded.append(prompt_cache.Kept(tokens, cache, capacity))
+        self._prompts.check(sum(kept.nbytes for kept in loaded))
+        for kept in loaded:
+            self._prompts.keep(kept)
+        return len(loaded)
 
     @property
     def compilations(self) -> dict[str, int]:
         """How many executables there are of each name.
 
         "prefill" and "decode" (chunks of prompts and of completions), "first_token",
-        "init_cache" and "grow_cache"; what each depends on is in executables.py.
+        "init_cache" and "grow_cache", "copy_rows" (of kept prompts); what each depends
+        on is in executables.py.
         """
         return self._executables.counts
 
@@ -191,7 +282,8 @@ class Generator:
         """Compiles all that calls with as many prompts can need; runs nothing.
 
         After it nothing compiles, whatever the prompts, sampling fields, stop strings
-        and `max_new_tokens`. Shows a progress bar in a terminal or notebook.
+        and `max_new_tokens`; of kept prompts those count that are there now. Shows a
+        progress bar in a terminal or notebook.
 
         Returns:
           Seconds by executable, of those that were not there yet.
@@ -199,7 +291,8 @@ class Generator:
         bounds = validation.Range(1, kv.MAX_ROWS)
         given = batch_sizes if isinstance(batch_sizes, Iterable) else (batch_sizes,)
         sizes = [validation.whole_number("batch_sizes", size, bounds) for size in given]
-        keys = [key for size in sizes for key in self._executables.keys(size)]
+        kept = [one.capacity for one in self._prompts.kept]
+        keys = [key for size in sizes for key in self._executables.keys(size, kept)]
         taken = {}
         with progress.bar("compiling", len(keys)) as bar:
             for key in keys:

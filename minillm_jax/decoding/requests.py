@@ -110,6 +110,16 @@ def make_requests(
     return requests
 
 
+def prompt_ids(
+    config: ModelConfig, tokenizer: Tokenizer | None, prompt: Any
+) -> list[int]:
+    """The ids of one prompt; raises ConfigError for anything else."""
+    prompts = _as_list(prompt)
+    if len(prompts) != 1:
+        raise ConfigError(f"prompt: must be one, not {len(prompts)}")
+    return _token_ids(config, tokenizer, 0, prompts[0])
+
+
 def _as_params(sampling: Any) -> list[SamplingParams]:
     given = list(sampling) if isinstance(sampling, Sequence) else [sampling]
     wrong = [item for item in given if not isinstance(item, SamplingParams)]

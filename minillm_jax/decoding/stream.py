@@ -27,6 +27,7 @@ import numpy as np
 from minillm_jax.config import ConfigError
 from minillm_jax.decoding import decode, sampling
 from minillm_jax.decoding.executables import Executables, Key, smallest_holding
+from minillm_jax.decoding.prompt_cache import Kept, PromptCache
 from minillm_jax.decoding.requests import Completion, Piece, Row
 from minillm_jax.model import cache as kv
 from minillm_jax.model import rope
@@ -128,7 +129,7 @@ class Stream:
 
     @property
     def prefilled_tokens(self) -> int:
-        """Tokens that were prefilled; a session's cache had the rest of the prompts.
+        """Tokens that were prefilled; what was kept of prompts before had the rest.
 
         Those that were prefilled again, beyond `rope.turning_point`, count again.
         """
@@ -150,11 +151,12 @@ class Loop:
         requests: sampling.RequestArrays,
         *,
         steps: Sequence[int],
+        prompts: PromptCache,
         session: Session | None = None,
     ):
         self.prefilled_tokens = 0
         self._executables, self._rows = executables, rows
-        self._requests, self._session = requests, session
+        self._requests, self._session, self._prompts = requests, session, prompts
         self._steps = sorted(steps, reverse=True)
         self._capacity = 0
         self._until: list[int] = []  # each row's tokens at the end of this part
@@ -245,7 +247,8 @@ class Loop:
             run.compile(self._key("decode", self._next_steps()))
         prompts: list[list[int]] = [[] for _ in self._rows]
         for row in self._unfinished():
-            prompts[row.index] = (row.request.prompt + row.tokens)[held:]
+            whole = row.request.prompt + row.tokens
+            prompts[row.index] = whole[held[row.index] :]
         lengths = np.array([len(prompt) for prompt in prompts])
         tokens = np.zeros((len(prompts), lengths.max()), np.int32)
         for row, length in enumerate(lengths):
@@ -274,23 +277,42 @@ class Loop:
         )
         return sampled
 
-    def _take_cache(self) -> int:
-        """A cache for the prompts; returns how many tokens of them it holds."""
-        needed = self._tokens_after(self._steps[-1])
+    def _take_cache(self) -> list[int]:
+        """A cache for the prompts; returns how many tokens of each it holds."""
+        needed, nothing = self._tokens_after(self._steps[-1]), [0] * len(self._rows)
         if self._cache is not None:  # an earlier part's, as if it were empty
             empty = self._executables.put(np.zeros(len(self._rows), np.int32))
             self._cache = self._cache | {"lengths": empty}
             self._grow(needed)
-            return 0
+            return nothing
         prompt = self._rows[0].request.prompt
         taken = self._session.take(self, prompt) if self._session is not None else None
         if taken is not None:
             self._cache, self._capacity, held = taken
             self._grow(needed)
-            return held
+            return [held]
         self._capacity = smallest_holding(self._executables.capacities, needed)
         self._cache = self._executables(self._key("init_cache"))
-        return 0
+        return self._copy_prompts(nothing)
+
+    def _copy_prompts(self, held: list[int]) -> list[int]:
+        """Rows that begin as a kept prompt does get its cache."""
+        found: dict[tuple[Kept, int], list[int]] = {}
+        for row in self._unfinished():
+            if (best := self._prompts.best(row.request.prompt)) is not None:
+                found.setdefault(best, []).append(row.index)
+        for (kept, common), rows in found.items():
+            chosen = np.isin(np.arange(len(held)), rows)
+            self._cache = self._executables(
+                self._key("copy_rows", kept.capacity),
+                cache=self._cache,
+                source=kept.cache,
+                rows=chosen,
+                length=np.array(common, np.int32),
+            )
+            for row in rows:
+                held[row] = common
+        return held
 
     def _tokens_after(self, steps: int) -> int:
         """The longest row's prompt and completion after as many steps more."""

@@ -28,7 +28,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from minillm_jax import validation
 from minillm_jax.config import MAX_POSITIONS, ConfigError, ModelConfig, check_is_config
@@ -343,6 +343,29 @@ def insert(cache: Cache, row: int | Int[Array, ""], source: Cache) -> dict[str, 
         return jnp.pad(new, ((0, 0), (0, leaf.shape[-2] - new.shape[-2]), (0, 0)))
 
     return _with_row(cache, row, jax.tree.map(filled, dict(cache), dict(source)))
+
+
+def copy_rows(
+    cache: Cache,
+    source: Cache,
+    rows: Bool[Array, " B"],
+    length: Int[Array, ""],
+) -> dict[str, Any]:
+    """`cache` with the chosen rows as the first `length` tokens of `source`'s only row.
+
+    `source` may have fewer slots, in leaves that have not wrapped, and holds `length`
+    tokens or more. Jittable.
+    """
+
+    def copied(leaf, new):
+        if leaf.ndim == 1:
+            return jnp.where(rows, length, leaf)
+        new = padded(new, leaf.shape[-2])
+        if leaf.ndim == 3:  # a single row's, without a batch axis
+            return jnp.where(rows[0], new, leaf)
+        return jnp.where(rows[:, None, None, None], new[None], leaf)
+
+    return jax.tree.map(copied, dict(cache), dict(source))
 
 
 def evict(cache: Cache, row: int | Int[Array, ""]) -> dict[str, Any]:

@@ -159,9 +159,17 @@ def turning_point(config: ModelConfig) -> int | None:
     return scaling.original_max_position_embeddings
 
 
-def same_turns(config: ModelConfig, length: int, other: int) -> bool:
-    """Whether keys of a sequence of one length are good for one of the other."""
-    point = turning_point(config)
+def same_turns(
+    config: ModelConfig, length: int, other: int, *, exactly: bool = False
+) -> bool:
+    """Whether keys of a sequence of one length are good for one of the other.
+
+    `exactly` does not count those of `dynamic` as good that have changed a little.
+    """
+    scaling, point = config.rope_scaling, turning_point(config)
+    if exactly and scaling is not None and scaling.rope_type == "dynamic":
+        longest = max(length, other)
+        return longest <= scaling.original_max_position_embeddings or length == other
     return point is None or (length > point) == (other > point)
 
 

@@ -6,6 +6,8 @@ Jinja's immutable sandbox, without access to attributes that are private or chan
 
 import dataclasses
 import datetime
+import functools
+import hashlib
 import json
 import os
 import pathlib
@@ -64,6 +66,7 @@ class ByteTokenizer:
     known_ids: Iterable[int] = range(256)
     eos_token_ids: tuple[int, ...] = ()
     chat_stop = ("\nuser:",)
+    fingerprint = "bytes"
 
     def encode(self, text: str) -> list[int]:
         """The text's bytes; lone surrogates, which have none, become "?"."""
@@ -142,6 +145,11 @@ class FileTokenizer:
     def decode(self, tokens: Sequence[int]) -> str:
         """The text, without special tokens."""
         return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of what makes ids of a text; equal for equal tokenizers."""
+        return hashlib.sha256(self._tokenizer.to_str().encode()).hexdigest()
 
     def encode_chat(self, messages: Messages) -> list[int]:
         """The ids of a conversation, the assistant's next turn begun.

@@ -1,0 +1,245 @@
+"""Caches of prompts that others begin with: filled once, used by many, kept in a file.
+
+A kept cache is one row that has seen a prompt and nothing else. A later prompt that
+begins with the same tokens, as many as they are, takes its row from it.
+
+The file is safetensors: of each kept prompt `N.tokens` int32 [T] and, for each layer,
+`N.layers_3.k` and `.v` [K, slots, H], only slots that hold something. Its metadata says
+what it was made with; nothing is used of a file that does not match, or of which a
+byte has changed.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from minillm_jax.config import ModelConfig
+from minillm_jax.model import cache as kv
+from minillm_jax.model import rope
+
+FORMAT = "minillm_jax prompt cache, version 1"
+BUDGET_BYTES = 2**30
+# Of a config, what a cache's content does not depend on.
+_FREE = ("max_seq_len", "max_kv_cache_len", "eos_token_ids", "remat")
+
+
+class PromptCacheError(ValueError):
+    """A prompt cache that cannot be kept, or a file of one that is not to be used."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Kept:
+    """A prompt and its cache."""
+
+    tokens: tuple[int, ...]
+    cache: Mapping[str, Any]  # of one row, no ring of which has wrapped
+    capacity: int  # tokens that it was made for
+
+    @property
+    def nbytes(self) -> int:
+        """Of its arrays."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(dict(self.cache)))
+
+
+class PromptCache:
+    """Kept caches within a budget: where one more is too much, the idlest ones go."""
+
+    def __init__(self, config: ModelConfig, policy: kv.CachePolicy, budget_bytes: int):
+        self._config, self._policy = config, policy
+        self.budget_bytes = budget_bytes
+        self._kept: list[Kept] = []  # the idlest first
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    @property
+    def kept(self) -> list[Kept]:
+        """All of them, the one that was used last at the end."""
+        return list(self._kept)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all that are kept."""
+        return sum(kept.nbytes for kept in self._kept)
+
+    def check(self, nbytes: int) -> None:
+        """Raises PromptCacheError where one so large could not be kept."""
+        if nbytes > self.budget_bytes:
+            raise PromptCacheError(
+                f"the cache of this prompt takes {nbytes} bytes, but prompt_cache_bytes"
+                f"={self.budget_bytes}; write {nbytes}, or shorten the prompt"
+            )
+
+    def keep(self, kept: Kept) -> None:
+        """Takes one in, and gives up the idlest that there is no room for."""
+        self.check(kept.nbytes)
+        self._kept = [other for other in self._kept if other.tokens != kept.tokens]
+        while self._kept and self.nbytes + kept.nbytes > self.budget_bytes:
+            self._kept.pop(0)
+        self._kept.append(kept)
+
+    def clear(self) -> None:
+        """Gives up all."""
+        self._kept.clear()
+
+    def best(self, prompt: Sequence[int]) -> tuple[Kept, int] | None:
+        """The kept cache that begins with the most of a prompt, and how many tokens.
+
+        The prompt's last token is never among them: its logits are needed.
+        """
+        found = [(self._common(kept, prompt), kept) for kept in self._kept]
+        common, kept = max(found, key=lambda pair: pair[0], default=(0, None))
+        if kept is None or common == 0:
+            return None
+        self._kept.remove(kept)
+        self._kept.append(kept)
+        return kept, common
+
+    def _common(self, kept: Kept, prompt: Sequence[int]) -> int:
+        """Tokens of the prompt that a kept cache can be used for."""
+        common = 0
+        for mine, theirs in zip(kept.tokens, prompt[:-1], strict=False):
+            if mine != theirs:
+                break
+            common += 1
+        config, held = self._config, len(kept.tokens)
+        usable = kv.can_rewind(config, kept.cache, self._policy, held, common)
+        usable &= rope.same_turns(config, held, len(prompt), exactly=True)
+        return common if usable else 0
+
+
+class Origin:
+    """What caches were made with, and what a file's must be: config, weights, text."""
+
+    def __init__(self, config: ModelConfig, params: Mapping[str, Any], tokenizer: Any):
+        values = {k: v for k, v in config.to_dict().items() if k not in _FREE}
+        self._config, self._params, self._tokenizer = values, params, tokenizer
+        self._found: dict[str, str] = {}
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """By part; reads all weights when it is first asked for."""
+        if not self._found:
+            self._found = {
+                "config": json.dumps(self._config, sort_keys=True),
+                "weights": _weights_sha256(self._params),
+                "tokenizer": _tokenizer_name(self._tokenizer),
+            }
+        return self._found
+
+    def check(self, metadata: Mapping[str, str], file: pathlib.Path) -> None:
+        """Raises PromptCacheError where a file was made with something else."""
+        if metadata.get("format") != FORMAT:
+            raise PromptCacheError(f"{file}: is not a {FORMAT}")
+        for part, mine in self.fingerprints.items():
+            if metadata.get(part) == mine:
+                continue
+            detail = ""
+            if part == "config":
+                detail = _differences(metadata.get(part, "{}"), self._config)
+            raise PromptCacheError(
+                f"{file}: was made with another {part}{detail}; make it anew with "
+                "remember and save_cache"
+            )
+
+
+def write(path: str | os.PathLike[str], kept: Sequence[Kept], origin: Origin) -> None:
+    """Writes caches to a file, which replaces one of that name when it is whole."""
+    path = pathlib.Path(path)
+    arrays: dict[str, np.ndarray] = {}
+    for index, one in enumerate(kept):
+        arrays[f"{index}.tokens"] = np.asarray(one.tokens, np.int32)
+        for layer in range(len(one.cache) - 1):
+            for name, leaf in one.cache[f"layers_{layer}"]["attention"].items():
+                used = np.asarray(leaf)[:, : min(leaf.shape[-2], len(one.tokens))]
+                arrays[f"{index}.layers_{layer}.{name}"] = np.ascontiguousarray(used)
+    metadata = {"format": FORMAT, **origin.fingerprints, "sha256": _sha256(arrays)}
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        safetensors.numpy.save_file(arrays, beside, metadata=metadata)
+        with beside.open("rb") as file:
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def read(path: str | os.PathLike[str], origin: Origin) -> list[dict[str, np.ndarray]]:
+    """The arrays of each prompt in a file, by `tokens`, `layers_3.k` and so on.
+
+    Raises:
+      PromptCacheError: where it is none, was made with something else, or is damaged.
+    """
+    path = pathlib.Path(path)
+    try:
+        with safetensors.safe_open(path, framework="numpy") as opened:
+            metadata = opened.metadata() or {}
+            origin.check(metadata, path)
+            names = opened.keys()
+            arrays = {name: opened.get_tensor(name) for name in names}
+    except (safetensors.SafetensorError, OSError) as error:
+        raise PromptCacheError(f"{path}: cannot be read: {error}") from None
+    if _sha256(arrays) != metadata.get("sha256"):
+        raise PromptCacheError(f"{path}: is damaged: its SHA-256 is not what it says")
+    prompts: dict[str, dict[str, np.ndarray]] = {}
+    for name, array in arrays.items():
+        index, rest = name.split(".", 1)
+        prompts.setdefault(index, {})[rest] = array
+    return [prompts[index] for index in sorted(prompts, key=int)]
+
+
+def filled(
+    arrays: Mapping[str, np.ndarray], empty: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A file's arrays as a cache of the shapes of `empty`, in host memory."""
+    cache: dict[str, Any] = {"lengths": np.array([len(arrays["tokens"])], np.int32)}
+    for layer in range(len(empty) - 1):
+        leaves = {}
+        for name, shape in empty[f"layers_{layer}"]["attention"].items():
+            leaf = np.zeros(shape.shape, shape.dtype)
+            part = arrays[f"layers_{layer}.{name}"]
+            leaf[:, : part.shape[1]] = part
+            leaves[name] = leaf
+        cache[f"layers_{layer}"] = {"attention": leaves}
+    return cache
+
+
+def _sha256(arrays: Mapping[str, np.ndarray]) -> str:
+    found = hashlib.sha256()
+    for name in sorted(arrays):
+        array = arrays[name]
+        found.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        found.update(np.ascontiguousarray(array).view(np.uint8))
+    return found.hexdigest()
+
+
+def _weights_sha256(params: Mapping[str, Any]) -> str:
+    """A leaf at a time in host memory."""
+    found = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(dict(params)):
+        name = jax.tree_util.keystr(path)
+        found.update(f"{name} {leaf.dtype} {leaf.shape}\n".encode())
+        found.update(np.ascontiguousarray(np.asarray(leaf)).view(np.uint8))
+    return found.hexdigest()
+
+
+def _tokenizer_name(tokenizer: Any) -> str:
+    """Its own fingerprint where it has one, or its class."""
+    own = getattr(tokenizer, "fingerprint", None)
+    return own if isinstance(own, str) else f"{type(tokenizer).__qualname__}"
+
+
+def _differences(theirs: str, mine: Mapping[str, Any]) -> str:
+    had, have = json.loads(theirs), json.loads(json.dumps(mine))
+    names = sorted(n for n in had.keys() | have.keys() if had.get(n) != have.get(n))
+    shown = [f"{n}={had.get(n)!r} and not {have.get(n)!r}" for n in names[:3]]
+    return f" ({', '.join(shown)})"

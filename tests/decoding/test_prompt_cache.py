@@ -1,0 +1,297 @@
+"""Kept prompts change how long a prompt takes, and nothing of what follows it."""
+
+import functools
+import pathlib
+
+import chex
+import jax
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+
+import minillm_jax as mj
+from minillm_jax import testing
+from minillm_jax.config import RopeScaling
+from minillm_jax.decoding import executables, generator, prompt_cache
+from minillm_jax.model import cache as kv
+
+GREEDY = mj.SamplingParams(temperature=0.0)
+VARIATIONS = {
+    "stop": {},
+    "ring": {"overflow": "ring", "num_sinks": 2},
+    "window": {"sliding_window": 6},
+    "longrope": {
+        "rope_scaling": RopeScaling(
+            rope_type="longrope",
+            factor=2.0,
+            original_max_position_embeddings=32,
+            short_factor=(1.0,) * 4,
+            long_factor=(2.0,) * 4,
+        )
+    },
+    "dynamic": {
+        "rope_scaling": RopeScaling(
+            rope_type="dynamic", factor=2.0, original_max_position_embeddings=32
+        )
+    },
+}
+
+
+@pytest.fixture(autouse=True)
+def _small_caches(monkeypatch):
+    monkeypatch.setattr(generator, "SMALLEST_CAPACITY", 16)
+
+
+@functools.cache
+def parts(**changes):
+    fields = {"vocab_size": 64, "max_kv_cache_len": 64, "prefill_chunk": 4}
+    model = mj.create_model(testing.tiny_config(num_layers=1, **(fields | changes)))
+    params = testing.perturbed(mj.init_params(model), seed=3)
+    return model, jax.device_put(params)
+
+
+def generating(overflow="stop", num_sinks=0, tokenizer=None, budget=2**20, **changes):
+    return mj.Generator(
+        *parts(**changes), tokenizer, overflow, num_sinks, prompt_cache_bytes=budget
+    )
+
+
+def some_tokens(length, seed=0):
+    return np.random.default_rng(seed).integers(0, 64, length).tolist()
+
+
+def stream(run, prompts, count=6):
+    """The completions' tokens, and how many tokens were prefilled."""
+    with run.stream(prompts, count, GREEDY) as found:
+        for _ in found:
+            pass
+        return [c.tokens for c in found.completions], found.prefilled_tokens
+
+
+SYSTEM = some_tokens(20, seed=5)
+
+
+@pytest.mark.parametrize("changes", VARIATIONS.values(), ids=VARIATIONS)
+def test_what_follows_a_kept_prompt_is_the_same(changes):
+    run, plain = generating(**changes), generating(**changes)
+    assert run.remember(SYSTEM) == 20
+    prompts = [
+        [*SYSTEM, *some_tokens(5)],
+        [*SYSTEM[:13], *some_tokens(3, seed=1)],  # a part of it
+        some_tokens(9, seed=2),  # nothing of it
+        list(SYSTEM),  # but for its last token
+        [*SYSTEM, *some_tokens(30, seed=3)],  # beyond what some can be used for
+    ]
+    expected, _ = stream(plain, prompts)
+    found, prefilled = stream(run, prompts)
+    assert found == expected
+    skipped = {"stop": 20 + 13 + 19 + 20, "ring": 20 + 13 + 19 + 20}
+    skipped |= {"window": 20 + 19 + 20}  # its ring has given up what is before
+    skipped |= {"longrope": 20 + 13 + 19, "dynamic": 20 + 13 + 19}
+    name = next(name for name, value in VARIATIONS.items() if value is changes)
+    assert prefilled == sum(map(len, prompts)) - skipped[name]
+    for prompt, completion in zip(prompts, expected, strict=True):
+        assert stream(run, prompt)[0] == [completion]  # by itself
+
+
+def test_the_logits_behind_a_kept_prompt_are_those_without(monkeypatch):
+    run, plain = generating(), generating()
+    run.remember(SYSTEM)
+    prompt, sampling = [*SYSTEM, 1, 2], mj.SamplingParams(temperature=0.0, logprobs=5)
+    (ours,), (other,) = (g.generate(prompt, 8, sampling) for g in (run, plain))
+    chex.assert_trees_all_close(ours.logprobs, other.logprobs, atol=1e-5)
+
+
+def test_a_file_brings_it_to_another_generator(tmp_path):
+    run, other = generating(), generating()
+    run.remember(SYSTEM)
+    run.remember(some_tokens(40, seed=7))
+    run.save_cache(tmp_path / "kept.safetensors")
+    assert other.load_cache(tmp_path / "kept.safetensors") == 2
+    prompts = [[*SYSTEM, 3], [*some_tokens(40, seed=7), 5]]
+    assert stream(other, prompts) == stream(run, prompts)
+    assert stream(other, prompts)[1] == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["kept.safetensors"]
+    with safetensors.safe_open(tmp_path / "kept.safetensors", "numpy") as opened:
+        leaf = opened.get_slice("0.layers_0.k")
+        assert leaf.get_shape() == [2, 20, 8]  # no slot that holds nothing
+
+
+def test_one_file_serves_other_lengths_and_policies(tmp_path):
+    run = generating()
+    run.remember(SYSTEM)
+    run.save_cache(tmp_path / "kept")
+    longer = generating(max_kv_cache_len=96, **VARIATIONS["ring"])
+    assert longer.load_cache(tmp_path / "kept") == 1
+    plain = generating(max_kv_cache_len=96, **VARIATIONS["ring"])
+    prompt = [*SYSTEM, *some_tokens(8)]
+    (found, prefilled), (expected, _) = (
+        stream(longer, prompt, 80),
+        stream(plain, prompt, 80),
+    )
+    assert found == expected
+    assert prefilled == 8
+
+
+def test_what_does_not_match_is_refused(tmp_path):
+    path = tmp_path / "kept"
+    run = generating(tokenizer=mj.ByteTokenizer())
+    run.remember(SYSTEM)
+    run.save_cache(path)
+    with pytest.raises(mj.PromptCacheError, match=r"another config \(rope_theta=1"):
+        generating(tokenizer=mj.ByteTokenizer(), rope_theta=500.0).load_cache(path)
+    with pytest.raises(mj.PromptCacheError, match="another tokenizer"):
+        generating().load_cache(path)
+    model, params = parts()
+    params = jax.tree.map(lambda x: x, params)
+    changed = np.array(params["final_norm"]["scale"])
+    changed[3] = np.nextafter(changed[3], 2)
+    params = params | {"final_norm": {"scale": changed}}
+    other = mj.Generator(model, params, mj.ByteTokenizer())
+    with pytest.raises(mj.PromptCacheError, match="another weights"):
+        other.load_cache(path)
+    with pytest.raises(mj.PromptCacheError, match="20 tokens, but max_kv_cache_len=16"):
+        generating(
+            tokenizer=mj.ByteTokenizer(), max_seq_len=16, max_kv_cache_len=16
+        ).load_cache(path)
+
+
+@pytest.mark.parametrize("place", [0.0, 0.3, 0.6, 0.9, 1.0])
+def test_a_changed_byte_is_refused(tmp_path, place):
+    path = tmp_path / "kept"
+    run = generating()
+    run.remember(SYSTEM)
+    run.save_cache(path)
+    data = bytearray(path.read_bytes())
+    data[int(place * (len(data) - 1))] ^= 1
+    path.write_bytes(data)
+    other = generating()
+    with pytest.raises(mj.PromptCacheError, match="kept"):
+        other.load_cache(path)
+    assert stream(other, [*SYSTEM, 1])[1] == 21
+
+
+def test_other_files_are_refused(tmp_path):
+    run = generating()
+    with pytest.raises(mj.PromptCacheError, match="cannot be read"):
+        run.load_cache(tmp_path / "nothing")
+    (tmp_path / "text").write_text("text")
+    with pytest.raises(mj.PromptCacheError, match="cannot be read"):
+        run.load_cache(tmp_path / "text")
+    safetensors.numpy.save_file({"x": np.zeros(3)}, tmp_path / "model")
+    with pytest.raises(mj.PromptCacheError, match="is not a minillm_jax prompt cache"):
+        run.load_cache(tmp_path / "model")
+    with pytest.raises(mj.PromptCacheError, match="nothing is kept yet"):
+        run.save_cache(tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_what_was_there_survives_a_save_that_fails(tmp_path, monkeypatch):
+    path = tmp_path / "kept"
+    run = generating()
+    run.remember(SYSTEM)
+    run.save_cache(path)
+    before = path.read_bytes()
+
+    def full(arrays, file, metadata):
+        pathlib.Path(file).write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(prompt_cache.safetensors.numpy, "save_file", full)
+    with pytest.raises(OSError, match="No space"):
+        run.save_cache(path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_budget_bounds_what_is_kept():
+    model, _ = parts()
+    one = sum(x.nbytes for x in jax.tree.leaves(mj.init_cache(model.config, 1, 32)))
+    run = generating(budget=2 * one)
+    first, second, third = (some_tokens(20, seed=seed) for seed in (1, 2, 3))
+    run.remember(first)
+    run.remember(second)
+    assert stream(run, [*first, 1])[1] == 1  # used now, so the second one goes
+    run.remember(third)
+    assert run._prompts.nbytes <= 2 * one
+    assert [stream(run, [*p, 1])[1] for p in (first, second, third)] == [1, 21, 1]
+    with pytest.raises(mj.PromptCacheError, match="prompt_cache_bytes="):
+        generating(budget=one - 8).remember(first)
+    assert len(run._prompts) == 2
+    run.forget()
+    assert stream(run, [*first, 1])[1] == 21
+
+
+def test_the_same_prompt_is_kept_once():
+    run = generating()
+    run.remember(SYSTEM)
+    run.remember(SYSTEM)
+    assert len(run._prompts) == 1
+
+
+def test_a_text_is_a_prompt_too():
+    run = generating(tokenizer=mj.ByteTokenizer(), vocab_size=256)
+    assert run.remember("You are kind. ") == 14
+    assert stream(run, "You are kind. Hello")[1] == 5
+
+
+@pytest.mark.parametrize(
+    ("prompt", "error"),
+    [
+        ([[1], [2]], mj.ConfigError),
+        ([], mj.ConfigError),
+        ([64], mj.ConfigError),
+        ([1] * 65, mj.CacheOverflowError),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_what_is_not_a_prompt_is_refused(prompt, error):
+    with pytest.raises(error, match="prompt"):
+        generating().remember(prompt)
+
+
+def test_nothing_compiles_after_a_warmup_that_knows_the_prompts():
+    run = generating()
+    run.remember(SYSTEM)
+    run.warmup((1, 2))
+    assert run.compilations["copy_rows"] == 2 * 2  # capacities 32 and 64
+    with run.forbid_compile():
+        stream(run, [[*SYSTEM, 1, 2], some_tokens(3)], 40)
+        stream(run, [*SYSTEM, 5])
+        run.remember(some_tokens(12))
+    with run.forbid_compile(), pytest.raises(executables.CompileForbiddenError):
+        stream(run, [*some_tokens(12), 1])  # its cache is of another capacity
+
+
+def test_a_session_begins_with_a_kept_prompt():
+    run, session = generating(), mj.Session()
+    run.remember(SYSTEM)
+    prompt = [*SYSTEM, 4, 5]
+    first = run.stream(prompt, 4, GREEDY, session=session)
+    tokens = [piece.token for piece in first]
+    assert first.prefilled_tokens == 2
+    second = run.stream([*prompt, *tokens, 9], 4, GREEDY, session=session)
+    assert [*second]
+    assert second.prefilled_tokens == 2  # the last token sampled, and the new one
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_only_the_chosen_rows_are_copied(rows):
+    model, params = parts()
+    _, source = mj.prefill(
+        model, params, mj.init_cache(model.config, 1, 16), np.asarray([SYSTEM[:9]])
+    )
+    cache = mj.init_cache(model.config, rows, 32)
+    tokens = np.asarray([some_tokens(5, seed=s) for s in range(rows)])
+    _, cache = mj.prefill(model, params, cache, tokens)
+    chosen = np.arange(rows) == rows - 1
+    copied = jax.jit(kv.copy_rows)(cache, source, chosen, np.int32(7))
+    assert copied["lengths"].tolist() == [5] * (rows - 1) + [7]
+    leaf, before, row = (
+        tree["layers_0"]["attention"]["k"] for tree in (copied, cache, source)
+    )
+    leaf, before = leaf.reshape(rows, 2, 32, 8), before.reshape(rows, 2, 32, 8)
+    chex.assert_trees_all_equal(leaf[:-1], before[:-1])
+    chex.assert_trees_all_equal(leaf[-1, :, :16], row)
+    assert not leaf[-1, :, 16:].any()
