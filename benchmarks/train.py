@@ -2,12 +2,14 @@
 
     python -m benchmarks.train --config=configs/small.py --config.train.batch_size=4
 
-The step is that of `cli.train`. Where torch and transformers are installed, their
-compiled Llama takes the same step in turn, from the same weights. Prints a table, then
-one JSON object as the last line.
+The step is that of `cli.train`, on rows of one document each. Where torch and
+transformers are installed, their compiled Llama takes the same steps in turn, from the
+same weights, and must come to the same losses. Prints a table, then one JSON object as
+the last line.
 """
 
 import dataclasses
+import importlib.util
 import json
 import pathlib
 import sys
@@ -32,7 +34,8 @@ from minillm_jax.training.settings import TrainSettings
 from minillm_jax.weights import save
 
 FLAGS = flags.FLAGS
-WARM_UPS = 2
+WARM_UPS = 3
+APART = 1e-3  # of two losses after as many steps, at most
 
 
 def define_flags() -> None:
@@ -47,27 +50,30 @@ class Ours:
 
     def __init__(self, model: Any, settings: TrainSettings, params: Any, shape: Any):
         self._model, self._settings = model, settings
-        self._optimizer = optimizers.adamw(settings.learning_rate)
-        state = step.initial_state(params, self._optimizer)
-        segment_ids = np.ones(shape, np.int32)
+        self._optimizer = optimizers.adamw(
+            settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            clip_norm=settings.clip_norm,
+            betas=(settings.beta1, settings.beta2),
+        )
+        self._state = step.initial_state(params, self._optimizer)
         with measure.compile_seconds() as compiling:
             lowered = step.train_step.lower(
-                *(model, self._optimizer, state, segment_ids, segment_ids),
+                *(model, self._optimizer, self._state, np.ones(shape, np.int32)),
                 accumulation=settings.accumulation,
             )
             self.memory_bytes = compiled.call_bytes(lowered.compile())
             self.compile_seconds = compiling()
-        self._state, self._segment_ids = state, segment_ids
 
-    def step(self, tokens: np.ndarray) -> float:
-        """Seconds of one."""
+    def step(self, tokens: np.ndarray) -> tuple[float, float]:
+        """Seconds of one, and its loss."""
         start = time.perf_counter()
         self._state, metrics = step.train_step(
-            *(self._model, self._optimizer, self._state, tokens, self._segment_ids),
+            *(self._model, self._optimizer, self._state, tokens),
             accumulation=self._settings.accumulation,
         )
-        metrics.loss.block_until_ready()
-        return time.perf_counter() - start
+        loss = float(metrics.loss)
+        return time.perf_counter() - start, loss
 
 
 class Torch:
@@ -83,12 +89,13 @@ class Torch:
             [sys.executable, "-m", module, *arguments], pathlib.Path(folder) / "log"
         )
         self._rate, self.peak_bytes = settings.learning_rate, 0
+        self.versions = self.worker.ready["versions"]
 
-    def step(self, tokens: np.ndarray) -> float:
-        """Seconds of one."""
+    def step(self, tokens: np.ndarray) -> tuple[float, float]:
+        """Seconds of one, and its loss."""
         reply = self.worker.call(tokens=tokens.tolist(), rate=self._rate)
         self.peak_bytes = reply["peak_bytes"]
-        return reply["seconds"]
+        return reply["seconds"], reply["loss"]
 
 
 def benchmark(config: Any) -> dict[str, Any]:
@@ -117,28 +124,37 @@ def benchmark(config: Any) -> dict[str, Any]:
 
 
 def _measured(model: Any, settings: TrainSettings, shape: Any) -> dict[str, Any]:
-    """Rounds in which each program takes a step on the same batch."""
+    """Rounds in which each program takes a step on the same batch, in turn first."""
     draw = np.random.default_rng(settings.seed)
-    peers, seconds = {}, {}
+    peers, seconds, peaks = {}, {}, []
     probe = measure.Product()
     with tempfile.TemporaryDirectory() as folder:
         params = transformer.init_params(model, settings.seed)
-        if _wants_torch(model.config):
-            peers["torch"] = Torch(model, settings, params, folder)
-        peers["ours"] = Ours(model, settings, params, shape)
         try:
-            peaks = []
+            if _wants_torch(model.config, settings):
+                peers["torch"] = Torch(model, settings, params, folder)
+            peers["ours"] = Ours(model, settings, params, shape)
             for taken in range(WARM_UPS + FLAGS.rounds):
                 tokens = draw.integers(0, model.config.vocab_size, shape, np.int32)
                 peaks.append(probe.probe())
-                for name, peer in peers.items():
-                    spent = peer.step(tokens)
-                    if taken >= WARM_UPS:
-                        seconds.setdefault(name, []).append(spent)
+                order = sorted(peers, reverse=bool(taken % 2))
+                steps = {name: peers[name].step(tokens) for name in order}
+                _check_losses({name: loss for name, (_, loss) in steps.items()})
+                for name, (spent, _) in steps.items():
+                    seconds.setdefault(name, []).append(spent)
+        except workers.PeerError as error:
+            raise UserError(f"torch: {error}; leave it out with --notorch") from None
         finally:
             if "torch" in peers:
                 peers["torch"].worker.stop()
+    seconds = {name: spent[WARM_UPS:] for name, spent in seconds.items()}
     return _summary(model.config, shape, peers, seconds, peaks[WARM_UPS:])
+
+
+def _check_losses(losses: dict[str, float]) -> None:
+    """Raises UserError where two programs do not take the same steps."""
+    if max(losses.values()) - min(losses.values()) > APART:
+        raise UserError(f"the programs' losses differ: {losses}")
 
 
 def _summary(config: ModelConfig, shape, peers, seconds, peaks) -> dict[str, Any]:
@@ -166,18 +182,24 @@ def _summary(config: ModelConfig, shape, peers, seconds, peaks) -> dict[str, Any
             "tokens_per_second": measure.spread(rates["torch"]),
             "peak_bytes": peers["torch"].peak_bytes,
             "ratio": measure.spread([mine / theirs for mine, theirs in pairs]),
+            "versions": peers["torch"].versions,
         }
     return found
 
 
-def _wants_torch(config: ModelConfig) -> bool:
-    import importlib.util
-
+def _wants_torch(config: ModelConfig, settings: TrainSettings) -> bool:
+    """Whether the peer takes steps too: in float32, a batch at once, nothing twice."""
     names = ("torch", "transformers")
     there = all(importlib.util.find_spec(name) for name in names)
+    same = config.dtype == "float32" and not config.remat and settings.accumulation == 1
     if FLAGS.torch and not there:
         raise UserError("--torch: needs pip install 'minillm_jax[parity]'")
-    return there and config.dtype == "float32" and FLAGS.torch is not False
+    if FLAGS.torch and not same:
+        raise UserError(
+            "--torch: it takes the same step only in float32, without remat and with "
+            "accumulation=1"
+        )
+    return there and same and FLAGS.torch is not False
 
 
 def _show(result: dict[str, Any]) -> None:

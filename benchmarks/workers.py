@@ -34,7 +34,7 @@ class Worker:
                 text=True,
             )
         try:
-            self._reply()
+            self.ready = self._reply()
         except BaseException:  # Ctrl-C too: no process is left behind
             self.stop()
             raise

@@ -18,18 +18,26 @@ from typing import Any
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 import transformers  # pyright: ignore[reportMissingImports]
+from transformers.integrations.sdpa_attention import (  # pyright: ignore
+    sdpa_attention_forward,
+)
+
+# transformers makes no mask for an attention that it has no masks for: "sdpa" is then
+# told that it is causal, and skips what a query does not see.
+_ATTENTION = "sdpa_causal"
+transformers.AttentionInterface.register(_ATTENTION, sdpa_attention_forward)
 
 
 class Trainer:
-    """float32, attention "sdpa", the forward and backward pass compiled."""
+    """float32, attention "sdpa", the loss and its gradients compiled."""
 
     def __init__(self, folder: str, settings: dict[str, Any], *, compiled: bool):
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="sdpa"
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation=_ATTENTION
         )
         model.config.use_cache = False
-        self._model: Any = model.train()
-        self._forward: Any = torch.compile(model) if compiled else model
+        self._model = model.train()
+        self._loss: Any = torch.compile(self._mean) if compiled else self._mean
         parameters = [*model.parameters()]
         decay = settings["weight_decay"]
         self._optimizer = torch.optim.AdamW(
@@ -45,22 +53,18 @@ class Trainer:
         )
         self._parameters, self._clip = parameters, settings["clip_norm"]
 
-    def step(
-        self, tokens: np.ndarray, segment_ids: np.ndarray | None, rate: float
-    ) -> float:
+    def step(self, tokens: Any, segment_ids: np.ndarray | None, rate: float) -> float:
         """One update; returns the mean loss before it."""
         ids = torch.from_numpy(tokens).long()
-        counted = torch.ones(tokens[:, 1:].shape, dtype=torch.bool)
+        counted = torch.ones(ids.shape)
         given: dict[str, Any] = {}
         if segment_ids is not None:
             segments = torch.from_numpy(segment_ids).long()
-            counted = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
+            same = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
+            counted[:, :-1] = same.float()
             given = _packed(segments)
-        logits = self._forward(input_ids=ids, **given).logits[:, :-1].float()
-        losses = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
-        )
-        loss = losses[counted.flatten()].mean()
+        counted[:, -1] = 0.0  # nothing follows
+        loss = self._loss(ids, ids.roll(-1, dims=1), counted, **given)
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self._parameters, self._clip)
@@ -68,6 +72,15 @@ class Trainer:
             group["lr"] = rate
         self._optimizer.step()
         return loss.item()
+
+    def _mean(
+        self, ids: torch.Tensor, targets: torch.Tensor, counted: torch.Tensor, **given
+    ) -> torch.Tensor:
+        logits = self._model(input_ids=ids, **given).logits.float()
+        losses = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), reduction="none"
+        )
+        return (losses * counted.flatten()).sum() / counted.sum()
 
 
 def _packed(segments: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -86,16 +99,16 @@ def _replies(folder: str, settings: str, threads: str) -> Iterator[dict[str, Any
         torch.set_num_threads(int(threads))
         values = json.loads(settings)
         trainer = Trainer(folder, values, compiled=values.get("compiled", True))
-        yield {}
+        packages = {"torch": torch, "transformers": transformers}
+        yield {"versions": {name: m.__version__ for name, m in packages.items()}}
         for line in sys.stdin:
             request = json.loads(line)
-            segment_ids = request.get("segment_ids")
-            start = time.perf_counter()
-            loss = trainer.step(
-                np.asarray(request["tokens"]),
-                None if segment_ids is None else np.asarray(segment_ids),
-                request["rate"],
+            tokens, segment_ids = (
+                None if request.get(name) is None else np.asarray(request[name])
+                for name in ("tokens", "segment_ids")
             )
+            start = time.perf_counter()
+            loss = trainer.step(tokens, segment_ids, request["rate"])
             seconds = time.perf_counter() - start
             peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             yield {"loss": loss, "seconds": seconds, "peak_bytes": peak}
@@ -105,7 +118,7 @@ def _replies(folder: str, settings: str, threads: str) -> Iterator[dict[str, Any
 
 
 def main() -> None:
-    """Says that it is ready by an empty reply, and serves until its input ends."""
+    """Says that it is ready, with the versions, and serves until its input ends."""
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no reply
     for reply in _replies(*sys.argv[1:]):

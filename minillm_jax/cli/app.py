@@ -36,7 +36,6 @@ class UserError(Exception):
 
 
 _PRESETS = ", ".join(Configs.names)
-_FOLDERS = ("model", "workdir")  # flags that name a folder with a config of its own
 _USER_ERRORS = (
     *(UserError, validation.ConfigError, CacheOverflowError, PromptCacheError),
     *(TokenizerError, CheckpointError, DataError, TrainingError),
@@ -47,7 +46,7 @@ def run(
     main: Callable[[Any], None],
     *,
     optional: bool = False,
-    named: Callable[[], str | None] = lambda: None,
+    named: Callable[[], str | None] | None = None,
     unnamed: str | None = None,
 ) -> None:
     """Parses the command line and calls `main` with the config; exits.
@@ -55,7 +54,7 @@ def run(
     Args:
       main: gets the config.
       optional: whether it may be missing; `main` then gets None.
-      named: may name a model's folder in another way than by --model.
+      named: tells the model's folder that the flag --workdir names, if it does.
       unnamed: what --model is where the command line names neither config nor model.
     """
     help_text = f"A config file, or a preset: {_PRESETS}"
@@ -67,7 +66,7 @@ def run(
 
     def with_config() -> None:
         if flag.value is not None:
-            _use_folder(flag.value, model.value or named())
+            _use_folder(flag.value, model.value, None if named is None else named())
         elif flag.present or not optional:
             raise UserError(_no_config())
         if cache.value is not None:
@@ -75,11 +74,16 @@ def run(
             compilation_cache.use_compilation_cache(folder)
         main(flag.value)
 
-    run_plain(with_config, unnamed=unnamed)
+    folders = ("model",) if named is None else ("model", "workdir")
+    _run(with_config, functools.partial(_parse, folders=folders, unnamed=unnamed))
 
 
-def run_plain(main: Callable[[], None], *, unnamed: str | None = None) -> None:
+def run_plain(main: Callable[[], None]) -> None:
     """Parses the command line and calls `main`, which needs no config; exits."""
+    _run(main, functools.partial(_parse, folders=(), unnamed=None))
+
+
+def _run(main: Callable[[], None], parse: Callable[[Sequence[str]], Any]) -> None:
 
     def checked(argv: Sequence[str]) -> None:
         try:
@@ -108,14 +112,22 @@ def run_plain(main: Callable[[], None], *, unnamed: str | None = None) -> None:
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what it cannot write becomes "?"
             stream.reconfigure(errors="replace")
-    app.run(checked, flags_parser=functools.partial(_parse, unnamed=unnamed))
+    app.run(checked, flags_parser=parse)
 
 
-def _parse(argv: Sequence[str], *, unnamed: str | None) -> list[str]:
-    """Flags, with presets resolved; exits with one line where they are wrong."""
+def _parse(
+    argv: Sequence[str], *, folders: Sequence[str], unnamed: str | None
+) -> list[str]:
+    """Flags, with presets resolved; exits with one line where they are wrong.
+
+    Args:
+      argv: the program and its arguments.
+      folders: flags that name a folder with a config of its own.
+      unnamed: what --model is where nothing names a config or such a folder.
+    """
     path, absl = None, logging.getLogger("absl")
     try:
-        argv, path = _resolve_config(_with_model([*argv], unnamed))
+        argv, path = _resolve_config(_with_model([*argv], folders, unnamed), folders)
         absl.disabled = True  # it would warn of what is told in one line below
         return flags.FLAGS(argv)
     except UserError as error:
@@ -128,20 +140,23 @@ def _parse(argv: Sequence[str], *, unnamed: str | None) -> list[str]:
         absl.disabled = False
 
 
-def _with_model(argv: list[str], unnamed: str | None) -> list[str]:
-    """The arguments, and a --model where no flag names a config or a folder."""
+def _with_model(
+    argv: list[str], folders: Sequence[str], unnamed: str | None
+) -> list[str]:
     names = {arg.split("=")[0].lstrip("-") for arg in argv[1:] if arg.startswith("-")}
-    if unnamed is None or names & {"config", *_FOLDERS}:
+    if unnamed is None or names & {"config", *folders}:
         return argv
     return [*argv[:1], f"--model={unnamed}", *argv[1:]]
 
 
-def _use_folder(config: Any, given: str | None) -> None:
+def _use_folder(config: Any, given: str | None, of_run: str | None) -> None:
     path = config.get("model_path") if hasattr(config, "get") else None
-    if given is not None and path is not None:
-        raise UserError(f"--model={given} and config.model_path={path}: give one")
-    path = path if given is None else given
-    if path is not None:
+    names = {"--model": given, "--workdir": of_run, "config.model_path": path}
+    there = {name: value for name, value in names.items() if value is not None}
+    if len(there) > 1:
+        told = " and ".join(f"{name}={value}" for name, value in there.items())
+        raise UserError(f"{told}: give one")
+    for path in there.values():
         overrides = config_flags.get_override_values(flags.FLAGS["config"])
         model_folder.put_in(config, path, overrides)
 
@@ -152,14 +167,16 @@ def _no_config() -> str:
     return f"--config is missing: a file, or one of {_PRESETS}; or give --model=FOLDER"
 
 
-def _resolve_config(argv: list[str]) -> tuple[list[str], str | None]:
+def _resolve_config(
+    argv: list[str], folders: Sequence[str]
+) -> tuple[list[str], str | None]:
     """The arguments with a preset's name replaced by its file, and the file's path."""
     for index, arg in enumerate(argv[:-1]):
         if arg in ("--config", "-config"):
             argv[index : index + 2] = [f"--config={argv[index + 1]}"]
-            return _resolve_config(argv)
+            return _resolve_config(argv, folders)
     given = [i for i, a in enumerate(argv) if a.startswith(("--config=", "-config="))]
-    if not given and any(a.split("=")[0].lstrip("-") in _FOLDERS for a in argv):
+    if not given and any(a.split("=")[0].lstrip("-") in folders for a in argv):
         argv.insert(1, f"--config={Configs.names[0]}")  # for its other sections
         given = [1]
     if not given:

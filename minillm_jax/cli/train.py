@@ -8,11 +8,13 @@ The same command goes on where a run was interrupted, bit for bit. Ctrl-C and SI
 save first. Every setting is a field of `config.train` (training/settings.py).
 """
 
+import contextlib
 import pathlib
 import signal
 import sys
 from typing import Any
 
+import numpy as np
 from absl import flags
 
 from minillm_jax import progress
@@ -25,7 +27,7 @@ from minillm_jax.text import tokenizer as tokenizers
 from minillm_jax.training import metrics, run_folder
 from minillm_jax.training.metrics import Row
 from minillm_jax.training.settings import TrainSettings
-from minillm_jax.weights import load, save
+from minillm_jax.weights import configs, load, save
 
 FLAGS = flags.FLAGS
 
@@ -66,11 +68,12 @@ class Shown:
             tail = "" if bits is None else f", {bits:.3f} bits per byte"
             rate = row.tokens_per_second
             tail += "" if rate is None else f", {rate:.0f} tokens/s"
-            self.bar.console.print(
-                f"step {row.step}: loss {row.loss:.3f}, "
-                f"validation {row.val_loss:.3f}{tail}",
-                highlight=False,
-            )
+            with contextlib.suppress(OSError):  # nobody reads any more
+                self.bar.console.print(
+                    f"step {row.step}: loss {row.loss:.3f}, "
+                    f"validation {row.val_loss:.3f}{tail}",
+                    highlight=False,
+                )
 
 
 def main(config: Any) -> None:
@@ -81,7 +84,20 @@ def main(config: Any) -> None:
     folder, settings = pathlib.Path(FLAGS.workdir), config_files.train_settings(config)
     tokenizer = _tokenizer(config, settings)
     model_config = _model_config(config, tokenizer)
+    configs.write_config(model_config)  # raises where the model could not be saved
     settings = _with_batch(model_config, settings, folder)
+    with run_folder.lock(folder):
+        _train(train, folder, config, model_config, settings, tokenizer)
+
+
+def _train(
+    train: Any,
+    folder: pathlib.Path,
+    config: Any,
+    model_config: ModelConfig,
+    settings: TrainSettings,
+    tokenizer: Any,
+) -> None:
     model = transformer.create_model(model_config)
     weights = model_folder.folder(config)
     with progress.spinner("reading the data"):
@@ -130,8 +146,12 @@ def _tokenizer(config: Any, settings: TrainSettings) -> Any:
 def _model_config(config: Any, tokenizer: Any) -> ModelConfig:
     """With float32 parameters, and the EOS ids of the tokenizer."""
     found = config_files.model_config(config)
-    if found.param_dtype == "auto":
-        found = found.replace(param_dtype="float32")
+    if found.param_dtype not in ("auto", "float32"):
+        raise UserError(
+            f"config.model.param_dtype={found.param_dtype}: training keeps parameters "
+            "in float32; write float32 (config.model.dtype may be bfloat16)"
+        )
+    found = found.replace(param_dtype="float32")
     if (largest := max(tokenizer.known_ids)) >= found.vocab_size:
         raise UserError(
             f"the tokenizer has ids up to {largest}, but the model's are below "
@@ -146,7 +166,7 @@ def _with_batch(
     config: ModelConfig, settings: TrainSettings, folder: pathlib.Path
 ) -> TrainSettings:
     """A number of rows that fits; raises UserError where none does."""
-    if (folder / run_folder.CONFIG).is_file():  # it did, and is resumed as it was
+    if run_folder.has_begun(folder):  # it did fit, and is resumed as it was
         return settings
     parts, rows = settings.accumulation, settings.batch_size
     plan = memory.plan_memory(
@@ -164,12 +184,18 @@ def _with_batch(
 
 def _beginning(folder: pathlib.Path, done: int, settings: Any, corpus: Any) -> str:
     what = f"resumes after step {done}" if done else "begins"
-    count = len(corpus.tokens)
-    return f"{folder} {what}, of {settings.steps} steps, on {count} tokens"
+    lengths = np.diff(corpus.starts)
+    kept = int(lengths[corpus.validation].sum())
+    return (
+        f"{folder} {what}, of {settings.steps} steps, on {lengths.sum() - kept} tokens "
+        f"and {kept} for validation"
+    )
 
 
 def _say(text: str) -> None:
-    print(f"train: {text}", file=sys.stderr, flush=True)
+    """Prints, unless nobody reads any more: a run goes on and saves all the same."""
+    with contextlib.suppress(OSError, RuntimeError):
+        print(f"train: {text}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

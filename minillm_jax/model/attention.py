@@ -14,7 +14,7 @@ D model dim.
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +64,9 @@ def attend(
     a block would wait for the host, it meets all keys at once. `scale` None is
     1 / sqrt(H); `softcap` caps the scaled scores. `in_place` is for what no gradient is
     taken of: see `_in_query_blocks`.
+
+    A query that sees no key has an output, and gradients, that mean nothing. By blocks
+    there are no forward-mode derivatives (`jax.jvp`, `jax.hessian`).
     """
     scoring = Scoring(rule, q.shape[-1] ** -0.5 if scale is None else scale, softcap)
     length, slots = q.shape[-2], k.shape[-2]
@@ -80,8 +83,7 @@ def attend(
         if not in_place:
             size = min(blockwise.TRAINING_BLOCK, slots)
             layout = blockwise.Layout(min(size, query_block(q.shape, size)), size)
-            out: Any = blockwise.attend(q, k, v, queries, keys, scoring, layout)
-            return out
+            return blockwise.attend(q, k, v, queries, keys, scoring, layout)
 
         def one(q, queries):
             out, _ = blockwise.attend_block(
@@ -114,7 +116,8 @@ def _in_query_blocks(attend_one, q, queries: Places, block: int, *, in_place: bo
     """
     length = q.shape[-2]
     if block >= length:
-        return attend_one(q, queries)
+        again = not in_place and length > blockwise.TRAINING_BLOCK
+        return (jax.checkpoint(attend_one) if again else attend_one)(q, queries)
     q_blocks = scores.split(q, -2, block)
     query_blocks = jax.tree.map(lambda x: scores.split(x, -1, block), queries)
 

@@ -79,7 +79,7 @@ class Call(NamedTuple):
         return max(block, heads * self.keys)  # and the mask of what a query may see
 
     def in_blocks(self) -> bool:
-        """Whether `attention.attend` takes the queries block by block."""
+        """Whether `attention.attend` takes the queries block by block, on a GPU."""
         shape = (self.rows, self.config.num_heads, self.tokens, self.config.head_dim)
         return attention.query_block(shape, self._block_keys()) < self.tokens
 
@@ -116,7 +116,9 @@ def training_bytes(call: Call) -> int:
     What every layer keeps for its gradients, a layer's backward pass, and a chunk of
     logits; while the optimiser runs, the updates instead. Most gradients take the place
     of what the layers kept. Bytes for each feature, and that share, were fitted to what
-    XLA on CPU keeps (JAX 0.12), and are rounded up.
+    XLA on CPU keeps (JAX 0.12), and are rounded up. On a GPU all keys meet a block of
+    queries, and the cut queries and outputs are kept too; that is reasoned, and was not
+    compared with what XLA compiles for one.
     """
     longest = min(float(call.tokens), _longest_at_once(call))
     running = _running_bytes(call, longest, at_once=True)
@@ -142,6 +144,8 @@ def _running_bytes(call: Call, length: float, *, at_once: bool) -> float:
     config, tokens = call.config, call.rows * length
     layer = tokens * _stored_features(call)
     size, heads = costs.itemsize(config.dtype), call.rows * config.num_heads
+    if call.platform == "gpu" and not at_once:
+        layer += 2 * size * tokens * call.inner
     if at_once:  # the scores are stored
         layer += (9 if size == 4 else 12) * heads * length * length
     if config.remat:
@@ -161,6 +165,8 @@ def _running_bytes(call: Call, length: float, *, at_once: bool) -> float:
 
 def _blocks(call: Call) -> float:
     """Scores of a block of queries and one of keys, and what becomes of them."""
+    if call.platform == "gpu":
+        return 4 * call.score_bytes()
     size = min(blockwise.TRAINING_BLOCK, call.tokens)
     scores = 4 * call.rows * call.config.num_heads * size
     fitting = max(attention.MIN_QUERY_BLOCK, attention.SCORE_BYTES / scores)

@@ -120,8 +120,6 @@ def _of_model(plan: MemoryPlan, trained: bool) -> Iterator[Change]:
     names = ("dtype",) if training else ("dtype", "param_dtype", "cache_dtype")
     if any(costs.itemsize(getattr(config, name)) == 4 for name in names):
         yield Change(dict.fromkeys(names, "bfloat16"))
-    if training and costs.itemsize(config.param_dtype) == 4:  # and the optimiser's
-        yield Change({"param_dtype": "bfloat16"})
     heads = config.num_kv_heads
     fewer = next((heads // part for part in (4, 2) if heads % part == 0), 0)
     if fewer and not trained and not training:

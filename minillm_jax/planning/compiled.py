@@ -70,6 +70,6 @@ def _training(model: MiniLLM, work: Workload) -> dict[str, Any]:
     shape = (parts * work.batch_size, work.context)
     tokens = jax.ShapeDtypeStruct(shape, np.int32)
     lowered = step.train_step.lower(
-        *(model, optimizer, state, tokens), accumulation=parts
+        *(model, optimizer, state, tokens, tokens), accumulation=parts
     )
     return {"train": lowered}

@@ -91,6 +91,8 @@ def prefill_flops(config: ModelConfig, tokens: int) -> int:
 def train_flops(config: ModelConfig, rows: int, tokens: int) -> int:
     """FLOPs of a training step over rows of so many tokens: three forwards.
 
+    Each row counts as one document; of packed ones attention does less.
+
     The backward pass takes a gradient of both factors of every product. What `remat`
     computes again is not counted.
     """

@@ -160,8 +160,8 @@ def plan_memory(
       device: a name of `devices.DEVICES`, "cpu" (the host), "this" (the first of
         `jax.devices()`, with the memory it has left), or a Device.
       policy: of the cache.
-      training: a step of AdamW instead of prefill and decode; parameters whose dtype is
-        "auto" are float32 then.
+      training: a step of AdamW instead of prefill and decode; parameters are float32
+        then.
       accumulated: a step sums the gradients of several batches of so many rows.
       exact: also compiles what is planned, from shapes, and takes XLA's figures; only
         for the platform at hand.
@@ -171,8 +171,8 @@ def plan_memory(
     """
     kv.check_types(config, policy)
     device = find_device(device)
-    if training and config.param_dtype == "auto":
-        config = config.replace(param_dtype="float32")
+    if training:
+        config = _with_float32(config)
     config = config.resolve(device.platform)
     longest = config.max_seq_len if training else config.max_kv_cache_len
     rows = automatic.parse("batch_size", batch_size, kv.MAX_ROWS)
@@ -197,6 +197,16 @@ def plan_memory(
         kv.checked_capacity(work.config, work.allocated, policy)
     found = plan(work, device)
     return _compiled(found) if exact else found
+
+
+def _with_float32(config: ModelConfig) -> ModelConfig:
+    """As training has it: parameters in float32, whatever it computes in."""
+    if config.param_dtype not in ("auto", "float32"):
+        raise ConfigError(
+            f"param_dtype={config.param_dtype}: training keeps parameters in float32; "
+            "write float32, or auto (dtype may be bfloat16)"
+        )
+    return config.replace(param_dtype="float32")
 
 
 def plan(work: Workload, device: Device) -> MemoryPlan:

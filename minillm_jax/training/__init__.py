@@ -1,1 +1,1 @@
-"""Training: the loss, the optimiser and one step."""
+"""Training: data, the loss, the optimiser, steps, checkpoints and the loop."""

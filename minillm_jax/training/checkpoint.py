@@ -3,14 +3,16 @@
 FOLDER/120/                the state after 120 steps, as orbax writes it
 FOLDER/120/manifest.json   sizes and SHA-256 of those files; written last
 
-A step without a manifest was never finished. One whose files are not as the manifest
-says is damaged: it is named, and the one before it is taken.
+A step without a manifest was never finished, and is as if it had never been begun. One
+whose files are not as the manifest says is damaged: it is named, and the one before it
+is taken.
 """
 
 import concurrent.futures
 import hashlib
 import json
 import logging
+import math
 import os
 import pathlib
 import shutil
@@ -26,6 +28,7 @@ from minillm_jax.weights.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 _PIECE = 2**20  # bytes read at a time
+_WRONG_VALUES = (AttributeError, KeyError, TypeError, ValueError)  # of a manifest
 
 _log = logging.getLogger(__name__)
 
@@ -101,8 +104,17 @@ class Checkpoints:
             self._manager.close()
 
     def saved(self) -> list[Saved]:
-        """The complete ones, the oldest first; their files are not checked."""
-        return [self._read(step) for step in self._steps() if self._is_whole(step)]
+        """The complete ones, the oldest first; only their manifests are read."""
+        found = [self._read(step) for step in self._steps() if self._is_whole(step)]
+        return [saved for saved in found if saved is not None]
+
+    def best(self) -> Saved | None:
+        """The one of the lowest validation loss, or the newest where none is known.
+
+        Of those whose files are as they should be.
+        """
+        whole = [found for found in self.saved() if self._problem(found.step) is None]
+        return best_of(whole) or (whole[-1] if whole else None)
 
     def newest(self) -> Saved | None:
         """The newest one whose files are as its manifest says; others are named.
@@ -110,9 +122,11 @@ class Checkpoints:
         Those after it are deleted: training writes them again.
 
         Raises:
-          CheckpointError: if there are checkpoints and none is as it should be.
+          CheckpointError: if there are finished ones and none is as it should be.
         """
         problems = []
+        if not any(self._is_whole(step) for step in self._steps()):
+            self._delete(self._steps())
         for step in reversed(self._steps()):
             problem = self._problem(step)
             if problem is None:
@@ -173,8 +187,12 @@ class Checkpoints:
     def _is_whole(self, step: int) -> bool:
         return (self.folder / str(step) / MANIFEST).is_file()
 
-    def _read(self, step: int) -> Saved:
-        values = read_object(self.folder / str(step) / MANIFEST, CheckpointError)
+    def _read(self, step: int) -> Saved | None:
+        """What a manifest says; None where it cannot be read."""
+        try:
+            values = read_object(self.folder / str(step) / MANIFEST, CheckpointError)
+        except CheckpointError:
+            return None
         return Saved(step, values.get("val_loss"), values.get("about", {}))
 
     def _problem(self, step: int) -> str | None:
@@ -192,7 +210,7 @@ class Checkpoints:
                     return f"{file}: has {file.stat().st_size} bytes instead of {size}"
                 if _sha256(file) != sha256:
                     return f"{file}: is damaged: its SHA-256 is another"
-        except (CheckpointError, KeyError, TypeError, ValueError, OSError) as error:
+        except (CheckpointError, OSError, *_WRONG_VALUES) as error:
             return f"{folder / MANIFEST}: is damaged: {error}"
         return None
 
@@ -207,8 +225,12 @@ class Checkpoints:
 
 def best_of(saved: list[Saved]) -> Saved | None:
     """The one of the lowest validation loss, where any is known."""
-    known = [found for found in saved if found.val_loss is not None]
-    return min(known, key=lambda found: found.val_loss or 0.0, default=None)
+    known = [found for found in saved if math.isfinite(_loss(found))]
+    return min(known, key=_loss, default=None)
+
+
+def _loss(saved: Saved) -> float:
+    return math.inf if saved.val_loss is None else saved.val_loss
 
 
 def shapes(make: Callable[..., Any], *arguments: Any) -> Any:
@@ -238,7 +260,7 @@ def _sha256(file: pathlib.Path) -> str:
 
 
 def _write_last(file: pathlib.Path, values: Mapping[str, Any]) -> None:
-    """Writes JSON that is there as a whole or not at all, also after a power cut."""
+    """Writes JSON that is there as a whole or not at all."""
     beside = file.with_suffix(".new")
     with beside.open("w") as opened:
         json.dump(values, opened, indent=2, default=_plain)

@@ -2,7 +2,9 @@
 
 FOLDER/tokens.bin       ids of all documents one after another, little-endian
 FOLDER/documents.npz    starts [N + 1], num_bytes [N], validation [N]
-FOLDER/corpus.json      what it was made from, sizes, SHA-256 of the ids; written last
+FOLDER/corpus.json      what it was made from, sizes, a SHA-256; written last
+
+The SHA-256 is that of the SHA-256s of every document's ids.
 """
 
 import hashlib
@@ -74,6 +76,8 @@ def make(
       DataError: if no document has two tokens, or an id is not below vocab_size.
     """
     folder = pathlib.Path(folder)
+    for left in folder.parent.glob(f".making-{folder.name}-*"):  # by a killed process
+        shutil.rmtree(left, ignore_errors=True)
     making = folder.with_name(f".making-{folder.name}-{os.getpid()}")
     making.mkdir(parents=True)
     try:
@@ -139,7 +143,8 @@ def _write(
         file.write(ids.tobytes())
         text = document.content
         written.lengths.append(len(ids))
-        written.num_bytes.append(len(text.encode()) if isinstance(text, str) else 0)
+        size = len(text.encode(errors="replace")) if isinstance(text, str) else 0
+        written.num_bytes.append(size)
         written.keys.append(hashlib.sha256(ids.tobytes()).digest())
         written.sketches.append(near_duplicates.sketch(ids))
     if max(written.lengths, default=0) < 2:
@@ -148,7 +153,12 @@ def _write(
 
 
 def _splits(written: _Written) -> tuple[list[int], list[int], list[bool]]:
-    """Lengths, bytes and split of each document; of one group the last one is cut."""
+    """Lengths, bytes and split of each document.
+
+    Neither split is empty: where chance chooses no group the smallest is validation,
+    where it chooses all the largest is not, and of a single group the last document is
+    cut in two, whatever is like it in the others.
+    """
     lengths, num_bytes = [*written.lengths], [*written.num_bytes]
     groups = near_duplicates.groups(written.sketches)
     keys: dict[int, bytes] = {}
@@ -162,6 +172,10 @@ def _splits(written: _Written) -> tuple[list[int], list[int], list[bool]]:
         return lengths, num_bytes, [False] * (len(lengths) - 1) + [True]
     below = int(VALIDATION_SHARE * 2**64)
     chosen = {g for g, key in keys.items() if int.from_bytes(key[:8]) < below}
-    smallest, largest = min(keys, key=keys.__getitem__), max(keys, key=keys.__getitem__)
-    chosen = (chosen | {smallest}) - {largest}  # neither split is ever empty
+    sizes = dict.fromkeys(keys, 0)
+    for group, length in zip(groups, lengths, strict=True):
+        sizes[group] += length
+    smallest, *_, largest = sorted(keys, key=lambda group: (sizes[group], keys[group]))
+    chosen = chosen or {smallest}
+    chosen = chosen - {largest} if len(chosen) == len(keys) else chosen
     return lengths, num_bytes, [group in chosen for group in groups]

@@ -1,8 +1,12 @@
 """AdamW behind a clip, and its learning rate: up in a line, down along a cosine."""
 
+from typing import Any
+
 import jax
 import numpy as np
 import optax
+
+_NOT_MATRICES = ("scale", "qkv_bias")  # of norms and biases, whatever their shape
 
 
 def schedule(peak: float, *, steps: int, warmup: int, final_share: float = 0.1):
@@ -34,11 +38,16 @@ def adamw(
     betas: tuple[float, float] = (0.9, 0.95),
 ) -> optax.GradientTransformation:
     """AdamW (arXiv:1711.05101) behind a global-norm clip; only matrices decay."""
-
-    def matrices(params):
-        return jax.tree.map(lambda x: x.ndim > 1, params)
-
     return optax.chain(
         optax.clip_by_global_norm(clip_norm),
-        optax.adamw(learning_rate, *betas, weight_decay=weight_decay, mask=matrices),
+        optax.adamw(learning_rate, *betas, weight_decay=weight_decay, mask=_matrices),
     )
+
+
+def _matrices(params: Any) -> Any:
+    """Which parameters decay: neither norms nor biases."""
+
+    def decays(path: Any, _: Any) -> bool:
+        return path[-1].key not in _NOT_MATRICES
+
+    return jax.tree_util.tree_map_with_path(decays, params)

@@ -1,5 +1,6 @@
 """A run's folder, and what it was begun with, which a resumed run keeps.
 
+WORKDIR/.lock          held by the process that trains
 WORKDIR/config.json    model, settings, data and versions
 WORKDIR/data/          the documents as token ids (corpus.py)
 WORKDIR/checkpoints/   (checkpoint.py)
@@ -7,13 +8,20 @@ WORKDIR/metrics.csv    (metrics.py), and loss.png, tensorboard/
 WORKDIR/model/         a Hugging Face folder: the best model, when training ends
 """
 
+import contextlib
 import dataclasses
 import json
+import logging
 import os
 import pathlib
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system
+    fcntl = None
 
 from minillm_jax.config import ConfigError, ModelConfig
 from minillm_jax.json_files import read_object
@@ -21,8 +29,10 @@ from minillm_jax.planning import machine
 from minillm_jax.text.tokenizer import Tokenizer
 from minillm_jax.training import corpus, sources
 from minillm_jax.training.corpus import Corpus
+from minillm_jax.training.errors import DataError
 from minillm_jax.training.settings import FREE, TrainSettings
 
+_log = logging.getLogger(__name__)
 CONFIG, DATA, MODEL = "config.json", "data", "model"
 
 
@@ -48,7 +58,7 @@ def begin(
     """
     folder.mkdir(parents=True, exist_ok=True)
     there = read_object(folder / CONFIG, ConfigError)
-    if not there:
+    if not has_begun(folder):
         _write(folder / CONFIG, _described(config, settings, weights))
         return settings
     had = there.get("train", {})
@@ -72,6 +82,43 @@ def begin(
     return settings
 
 
+def has_begun(folder: pathlib.Path) -> bool:
+    """Whether a run has begun in a folder.
+
+    Raises:
+      ConfigError: if its config.json is something else's, such as a model's.
+    """
+    there = read_object(folder / CONFIG, ConfigError)
+    if there and not {"model", "train", "weights"} <= there.keys():
+        raise ConfigError(
+            f"{folder / CONFIG}: is not a run's; give another --workdir, which may be "
+            "a new folder"
+        )
+    return bool(there)
+
+
+@contextlib.contextmanager
+def lock(folder: pathlib.Path) -> Iterator[None]:
+    """A block in which no other process trains in a folder, which is made.
+
+    Raises:
+      ConfigError: if one does already.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        if fcntl is not None:  # not on Windows
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(
+                    f"{folder}: another process trains there; wait for it, or give "
+                    "another --workdir"
+                ) from None
+            except OSError as error:  # such as a file system without locks
+                _log.warning("%s: cannot be locked: %s", folder, error)
+        yield
+
+
 def documents(
     folder: pathlib.Path,
     config: ModelConfig,
@@ -81,12 +128,20 @@ def documents(
     """The run's data, made of its source where it is not there yet.
 
     Raises:
-      DataError: for a source that cannot be used, or a damaged folder.
+      DataError: for a source that cannot be used, a damaged folder, or one of another
+        source.
     """
     path = folder / DATA
+    facts: dict[str, Any] = {"source": settings.data, "tokenizer": settings.tokenizer}
     if (path / "corpus.json").is_file():
-        return corpus.load(path)
-    facts = {"source": settings.data, "tokenizer": settings.tokenizer}
+        found = corpus.load(path)
+        for name, value in facts.items():
+            if found.facts.get(name) != value:
+                raise DataError(
+                    f"{path}: was made of {name}={found.facts.get(name)}, not {value}; "
+                    "give another --workdir"
+                )
+        return found
     if settings.data == sources.STANDARD_LIBRARY:
         facts["python"] = platform.python_version()
     found = sources.documents(

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from minillm_jax.config import ConfigError
 from minillm_jax.model.transformer import MiniLLM
 from minillm_jax.training import loss
 
@@ -64,7 +65,12 @@ def train_step(
       segment_ids: packed documents from 1 on, 0 = padding; None = a row is one.
       accumulation: A; the batch is computed in so many parts, one after another, each
         counting by its tokens: the gradient is the whole batch's. It divides B. Static.
+
+    Raises:
+      ConfigError: for parameters that are not float32, in which a mean over many tokens
+        and most updates would be lost, or an `accumulation` that does not divide B.
     """
+    _check(state.params, tokens, accumulation)
     total, counted, grads = _summed(
         model, state.params, tokens, segment_ids, accumulation
     )
@@ -86,6 +92,19 @@ def eval_step(
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
     """The loss of a batch in nats, a sum, and how many tokens it is the sum of."""
     return loss.next_token_loss(model, params, tokens, segment_ids, chosen)
+
+
+def _check(params: Params, tokens: Any, accumulation: int) -> None:
+    narrow = {leaf.dtype.name for leaf in jax.tree.leaves(params)} - {"float32"}
+    if narrow:
+        raise ConfigError(
+            f"params: {', '.join(sorted(narrow))}; a step takes float32 ones: set "
+            "param_dtype='float32' (dtype may be bfloat16)"
+        )
+    if tokens.shape[0] % accumulation:
+        raise ConfigError(
+            f"accumulation={accumulation}: must divide the batch of {tokens.shape[0]}"
+        )
 
 
 def _summed(model, params, tokens, segment_ids, accumulation: int):

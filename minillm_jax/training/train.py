@@ -10,11 +10,12 @@ On CPU with the same number of devices a run that was killed gives, resumed, the
 that it would have given, bit for bit.
 """
 
+import dataclasses
 import functools
 import math
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -31,6 +32,7 @@ from minillm_jax.training.metrics import MetricsFile, Row
 from minillm_jax.training.packing import Batch, Packing
 from minillm_jax.training.settings import TrainSettings
 from minillm_jax.training.step import StepMetrics, TrainState
+from minillm_jax.weights.errors import CheckpointError
 
 CHECKPOINTS = "checkpoints"
 
@@ -87,9 +89,15 @@ class Trainer:
           The steps taken so far.
 
         Raises:
-          CheckpointError: if there are checkpoints and none can be used.
+          CheckpointError: if there are checkpoints and none can be used, or they are of
+            another seed.
         """
         found = self.checkpoints.newest()
+        if found is not None and found.about.get("seed") != self.settings.seed:
+            raise CheckpointError(
+                f"{self.checkpoints.folder / str(found.step)}: is of a run of seed "
+                f"{found.about.get('seed')}, not {self.settings.seed}"
+            )
         if found is None:
             self.done = 0
             self._state = step.initial_state(make_params(), self._optimizer)
@@ -138,9 +146,8 @@ class Trainer:
 
     def best_params(self) -> dict[str, Any]:
         """Parameters of the checkpoint of the lowest validation loss, or the newest."""
-        saved = self.checkpoints.saved()
-        best = checkpoint.best_of(saved) or saved[-1]
-        if best.step == self.done:
+        best = self.checkpoints.best()
+        if best is None or best.step == self.done:
             return dict(self._state.params)
         del self._state  # there may not be room for two
         return self.checkpoints.restore(best.step, self._shapes()).params
@@ -155,9 +162,12 @@ class Trainer:
 
     def evaluate(self) -> float:
         """Nats per token of the validation split, or of its first `eval_batches`."""
+        parts = self.settings.accumulation  # memory was planned for so many rows
+        batches = self._validation.epoch(
+            self._rows // parts, self.settings.eval_batches * parts
+        )
         sums = [
-            step.eval_step(self.model, self._state.params, *batch)
-            for batch in self._validation.epoch(self._rows, self.settings.eval_batches)
+            step.eval_step(self.model, self._state.params, *batch) for batch in batches
         ]
         totals, counts = np.asarray(jax.device_get(sums), np.float64).T
         return float(totals.sum() / max(1.0, counts.sum()))
@@ -181,8 +191,10 @@ class Trainer:
         if self._settled_at is not None:
             rate = self._rows * self._length / (now - self._settled_at)
         self._settled_at = now
-        self._check_finite(pending.number, loss, grad_norm)
+        self._check_finite(pending.number, {"loss": loss, "gradient norm": grad_norm})
         val_loss = self.evaluate() if evaluate else None
+        if val_loss is not None:
+            self._check_finite(pending.number, {"validation loss": val_loss})
         row = Row(
             step=pending.number,
             loss=loss,
@@ -201,17 +213,18 @@ class Trainer:
                 self._save(val_loss)
             self._settled_at = None  # what came between is not a step's time
 
-    def _check_finite(self, number: int, loss: float, grad_norm: float) -> None:
-        if math.isfinite(loss) and math.isfinite(grad_norm):
+    def _check_finite(self, number: int, found: Mapping[str, float]) -> None:
+        if all(map(math.isfinite, found.values())):
             return
         self.checkpoints.wait()
         saved = self.checkpoints.saved()
         last = f"of step {saved[-1].step}" if saved else "none"
         seed = self.settings.seed
+        values = ", ".join(f"{name} {value}" for name, value in found.items())
         raise TrainingError(
-            f"step {number}: loss {loss}, gradient norm {grad_norm}, on batch "
-            f"{number - 1} of seed {seed}; the last good checkpoint is {last}; a lower "
-            "learning_rate, more warmup_steps or a smaller clip_norm may help"
+            f"step {number}: {values}, on batch {number - 1} of seed {seed}; the last "
+            f"good checkpoint is {last}; in a new --workdir a lower learning_rate, "
+            "more warmup_steps or a smaller clip_norm may help"
         )
 
     def _mfu(self, rate: float | None) -> float | None:
@@ -226,7 +239,12 @@ class Trainer:
 
     def _save(self, val_loss: float | None) -> None:
         self._file.sync()
-        about = {"seed": self.settings.seed, "next_batch": self.done}
+        about = {
+            "seed": self.settings.seed,
+            "next_batch": self.done,
+            "model": self.model.config.to_dict(),
+            "train": dataclasses.asdict(self.settings),
+        }
         self.checkpoints.save(self.done, self._state, val_loss=val_loss, about=about)
 
     def _is_saved(self) -> bool:

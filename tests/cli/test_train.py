@@ -93,6 +93,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(text, tmp_path):
         (workdir, "--config.model.vocab_size=100"): "ids up to 255",
         (workdir, "--config.train.seq_len=4096"): "seq_len=4096",
         (workdir, "--config.train.batch_size=100000"): "does not fit",
+        (workdir, "--config.model.activation=gelu_tanh"): "activation",
+        (workdir, "--config.model.param_dtype=bfloat16"): "float32",
     }
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         done = list(pool.map(lambda given: run(*TINY, *given), cases))
@@ -102,6 +104,41 @@ def test_bad_input_is_one_line_and_leaves_nothing(text, tmp_path):
         assert found.stderr.count("\n") == 1, found.stderr
         assert "Traceback" not in found.stderr
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_run_without_a_config_is_no_small_one(tmp_path):
+    done = run(f"--workdir={tmp_path / 'run'}")
+    assert done.returncode == 2
+    assert "--config is missing" in done.stderr
+
+
+def test_a_run_and_a_model_are_one_too_many(tmp_path):
+    (tmp_path / "model").mkdir()
+    done = run(f"--workdir={tmp_path}", f"--model={tmp_path}", name="generate")
+    assert done.returncode == 2
+    assert "give one" in done.stderr
+
+
+def test_a_run_goes_on_where_nobody_reads_what_it_says(text, tmp_path):
+    """As under `| tee` that Ctrl-C has ended."""
+    folder = tmp_path / "run"
+    arguments = [*TINY, f"--workdir={folder}", f"--config.train.data={text}"]
+    process = subprocess.Popen(
+        command(*arguments, "--config.train.steps=100000"),
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stderr.readline()
+    process.stderr.close()
+    while len(metrics.read(folder / metrics.CSV)) < 15:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 0
+    last = metrics.read(folder / metrics.CSV)[-1]["step"]
+    assert (folder / "checkpoints" / last / "manifest.json").is_file()
+    assert (folder / "model" / "config.json").is_file()
 
 
 def test_a_workdir_without_a_model_is_told(tmp_path):

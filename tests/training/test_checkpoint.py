@@ -132,6 +132,44 @@ def test_one_that_was_never_finished_is_passed_over(opened):
     assert [found.step for found in again.saved()] == [20, 30]
 
 
+def test_the_first_one_that_was_never_finished_is_begun_anew(opened):
+    """As after a kill between orbax's last file and the manifest."""
+    first = opened()
+    fill(first, steps=(10,))
+    (first.folder / "10" / MANIFEST).unlink()
+    again = opened()
+    assert again.newest() is None
+    again.save(10, state_of(11))
+    again.wait()
+    chex.assert_trees_all_equal(restored(again, 10), state_of(11))
+
+
+def test_a_damaged_best_one_stops_nothing(opened):
+    checkpoints = opened(keep=1)
+    for step, val_loss in ((1, 1.0), (2, 3.0), (3, float("nan"))):
+        checkpoints.save(step, state_of(step), val_loss=val_loss)
+    checkpoints.wait()
+    assert checkpoints.best().step == 1
+    (checkpoints.folder / "1" / MANIFEST).write_text("{")
+    checkpoints.save(4, state_of(4), val_loss=2.0)
+    checkpoints.wait()
+    assert checkpoints.best().step == 4
+    file = data_file(checkpoints, 4)
+    checkpoints.save(5, state_of(5), val_loss=2.5)
+    checkpoints.wait()
+    file.write_bytes(b"")
+    assert checkpoints.best().step == 5
+
+
+@pytest.mark.parametrize("files", [[], {"x": 3}, None, {"x": [1, "2"]}])
+def test_a_strange_manifest_is_named(opened, files):
+    first = opened()
+    fill(first, steps=(10, 20))
+    file = first.folder / "20" / MANIFEST
+    file.write_text(json.dumps({"files": files}))
+    assert opened().newest().step == 10
+
+
 def test_where_none_is_whole_nothing_is_begun_anew(opened):
     first = opened()
     fill(first, steps=(10,))

@@ -50,6 +50,27 @@ def test_a_bad_line_is_named(tmp_path, line):
         read(path)
 
 
+def test_a_lone_surrogate_is_a_question_mark(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a\\ud83db"}\n{"text": "another one"}\n')
+    found = corpus.make(
+        tmp_path / "c", read(path), ByteTokenizer(), vocab_size=256, facts={}
+    )
+    assert bytes(found.tokens[:3].tolist()) == b"a?b"
+    assert found.num_bytes.tolist() == [3, 11]
+
+
+def test_of_few_documents_the_smallest_is_validation(tmp_path):
+    texts = [random_text(seed, length) for seed, length in enumerate((900, 3000, 50))]
+    assert make(tmp_path / "c", texts).split(validation=True).tolist() == [2]
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    (tmp_path / ".making-c-1").mkdir()
+    make(tmp_path / "c", [random_text(0), random_text(1)])
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
 def test_token_ids_end_with_eos(tmp_path):
     path = tmp_path / "a.bin"
     np.asarray([5, 6, 0, 7, 0, 8], "<u2").tofile(path)

@@ -1,5 +1,7 @@
 """The chunked loss against the plain one, packed rows against separate documents."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,7 @@ import numpy as np
 import pytest
 
 import minillm_jax as mj
+from minillm_jax.model import blockwise
 from minillm_jax.testing import tiny_config
 from minillm_jax.training import loss
 
@@ -59,14 +62,30 @@ def test_its_gradient_is_that_of_the_plain_loss(model, params, monkeypatch):
     chex.assert_trees_all_close(grads, wanted, atol=2e-5)
 
 
-def test_packed_documents_have_the_losses_of_separate_ones(model, params):
+@pytest.mark.parametrize("block", [128, 4], ids=["whole", "blocks"])
+def test_packed_documents_have_the_losses_of_separate_ones(
+    model, params, monkeypatch, block
+):
+    """And the gradients, where attention is computed at once and block by block."""
+    monkeypatch.setattr(blockwise, "TRAINING_BLOCK", block)
+    jax.clear_caches()
     first, second = tokens_of(model, 1, 9), tokens_of(model, 1, 5)
     packed = jnp.pad(jnp.concatenate([first, second], axis=1), ((0, 0), (0, 2)))
     segment_ids = jnp.asarray([[1] * 9 + [2] * 5 + [0] * 2])
-    total, counted = loss.next_token_loss(model, params, packed, segment_ids)
-    alone = [loss.next_token_loss(model, params, x) for x in (first, second)]
-    assert counted == sum(count for _, count in alone) == 8 + 4
-    np.testing.assert_allclose(total, sum(value for value, _ in alone), rtol=1e-5)
+
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def together(params):
+        return loss.next_token_loss(model, params, packed, segment_ids)
+
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def alone(params):
+        found = [loss.next_token_loss(model, params, x) for x in (first, second)]
+        return jax.tree.map(lambda *parts: sum(parts), *found)
+
+    results = [jax.jit(function)(params) for function in (together, alone)]
+    jax.clear_caches()
+    assert results[0][0][1] == 8 + 4
+    chex.assert_trees_all_close(*results, rtol=1e-5, atol=1e-5)
 
 
 def test_padding_has_no_loss(model, params):

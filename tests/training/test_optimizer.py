@@ -5,16 +5,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import minillm_jax as mj
+from minillm_jax.testing import tiny_config
 from minillm_jax.training import optimizer
 
 
 def test_only_matrices_decay():
+    """Of a model that has norms, biases and matrices, tensors of any rank."""
+    model = mj.create_model(tiny_config(qkv_bias=True, qk_norm=True, post_norms=True))
     found = optimizer.adamw(1.0, weight_decay=0.5)
-    params = {"scale": jnp.ones(3), "kernel": jnp.ones((3, 3))}
+    params = jax.tree.map(jnp.ones_like, mj.init_params(model))
     grads = jax.tree.map(jnp.zeros_like, params)
     updates, _ = found.update(grads, found.init(params), params)
-    assert jnp.all(updates["scale"] == 0.0)
-    np.testing.assert_allclose(updates["kernel"], -0.5)
+    decayed = set()
+    for path, update in jax.tree_util.tree_leaves_with_path(updates):
+        np.testing.assert_allclose(update, update.ravel()[0])
+        if update.ravel()[0]:
+            np.testing.assert_allclose(update, -0.5)
+            decayed.add(path[-1].key)
+    assert decayed == {"embedding", "lm_head", "qkv", "out", "gate_up", "down"}
 
 
 def test_the_rate_rises_in_a_line_and_falls_along_a_cosine():

@@ -64,6 +64,32 @@ def test_the_data_is_made_once(tmp_path):
     np.testing.assert_array_equal(made.tokens, again.tokens)
 
 
+def test_data_of_another_source_is_refused(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).write_text("some words " * 100)
+    for_a, for_b = (SETTINGS.replace(data=str(tmp_path / name)) for name in "ab")
+    run_folder.documents(tmp_path / "run", CONFIG, for_a, ByteTokenizer())
+    with pytest.raises(DataError, match=r"was made of source=.*a, not .*b"):
+        run_folder.documents(tmp_path / "run", CONFIG, for_b, ByteTokenizer())
+
+
+def test_a_models_folder_is_no_run(tmp_path):
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    with pytest.raises(mj.ConfigError, match="is not a run's"):
+        run_folder.begin(tmp_path, CONFIG, SETTINGS)
+    with pytest.raises(mj.ConfigError, match="is not a run's"):
+        run_folder.has_begun(tmp_path)
+
+
+def test_a_folder_is_of_one_process_at_a_time(tmp_path):
+    folder = tmp_path / "run"
+    again = pytest.raises(mj.ConfigError, match="another process trains there")
+    with run_folder.lock(folder), again, run_folder.lock(folder):
+        pass
+    with run_folder.lock(folder):
+        pass
+
+
 def test_data_that_is_not_there_is_told(tmp_path):
     settings = SETTINGS.replace(data=str(tmp_path / "none"))
     with pytest.raises(DataError, match="no such file"):

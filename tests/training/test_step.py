@@ -31,7 +31,7 @@ def test_a_step_is_adamw_on_the_mean_loss():
         return total / counted
 
     value, grads = mean(params)
-    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    updates, after_update = optimizer.update(grads, optimizer.init(params), params)
     wanted = optax.apply_updates(params, updates)
 
     state = step.initial_state(jax.tree.map(jnp.copy, params), optimizer)
@@ -40,6 +40,10 @@ def test_a_step_is_adamw_on_the_mean_loss():
     np.testing.assert_allclose(metrics.loss, value, rtol=1e-5)
     np.testing.assert_allclose(metrics.grad_norm, optax.tree.norm(grads), rtol=1e-4)
     chex.assert_trees_all_close(state.params, wanted, atol=1e-4)
+    moments, expected = (
+        state_of[1][0].mu for state_of in (state.optimizer, after_update)
+    )
+    chex.assert_trees_all_close(moments, expected, atol=1e-6)
 
 
 def test_the_state_is_donated():
@@ -94,7 +98,7 @@ def test_remat_decodes_as_without():
 
 @pytest.mark.parametrize("segmented", [False, True])
 def test_a_batch_in_parts_is_the_batch(segmented):
-    """Weighted by tokens: the parts have from 3 to 11 of them that count."""
+    """Weighted by tokens: the parts have from 6 to 22 of them that count."""
     model = mj.create_model(tiny_config())
     optimizer, tokens = optimizers.adamw(1e-2), batch(model.config, rows=8)
     segment_ids = None
@@ -107,8 +111,22 @@ def test_a_batch_in_parts_is_the_batch(segmented):
         state, metrics = step.train_step(
             model, optimizer, state, tokens, segment_ids, accumulation=parts
         )
-        results.append((metrics, state.optimizer[1][0].mu))
+        # A moment is a tenth of the clipped gradients.
+        grads = jax.tree.map(lambda mu: 10 * mu, state.optimizer[1][0].mu)
+        results.append((metrics, grads))
     chex.assert_trees_all_close(*results, atol=1e-6, rtol=1e-6)
+
+
+def test_narrow_parameters_and_parts_that_do_not_fit_are_refused():
+    optimizer, config = optimizers.adamw(1e-2), tiny_config(param_dtype="bfloat16")
+    model = mj.create_model(config)
+    state = step.initial_state(mj.init_params(model), optimizer)
+    with pytest.raises(mj.ConfigError, match="bfloat16; a step takes float32"):
+        step.train_step(model, optimizer, state, batch(config))
+    model = mj.create_model(tiny_config())
+    state = step.initial_state(mj.init_params(model), optimizer)
+    with pytest.raises(mj.ConfigError, match="accumulation=3: must divide"):
+        step.train_step(model, optimizer, state, batch(config), accumulation=3)
 
 
 def test_evaluation_is_the_loss_before_the_update():

@@ -19,7 +19,7 @@ from minillm_jax.training.settings import TrainSettings
 
 pytestmark = pytest.mark.slow
 
-STEPS, ROWS, LENGTH = 200, 2, 128
+STEPS, ROWS, LENGTH = 200, 2, 160  # longer than a block of attention
 
 
 def test_the_losses_of_200_steps_are_those_of_torch(tmp_path):
@@ -67,4 +67,4 @@ def test_the_losses_of_200_steps_are_those_of_torch(tmp_path):
     print(f"\nloss {ours[0]:.4f} -> {ours[-1]:.4f}, torch's {theirs[-1]:.4f}; apart by")
     print(f"{apart[-1]:.2g} at step {STEPS}, {apart.max():.2g} at most")
     assert ours[-1] < ours[0] - 2.0
-    assert apart[-1] <= 1e-3
+    assert apart.max() <= 1e-3

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 
 import minillm_jax as mj
-from minillm_jax.testing import tiny_config
+from minillm_jax.testing import perturbed, reference_logits, tiny_config
 from minillm_jax.text.tokenizer import ByteTokenizer
 from minillm_jax.training import corpus, metrics, step, train
 from minillm_jax.training.errors import TrainingError
+from minillm_jax.training.packing import Packing
 from minillm_jax.training.settings import TrainSettings
 from minillm_jax.training.sources import Document
+from minillm_jax.weights.errors import CheckpointError
 
 CONFIG = tiny_config(vocab_size=256, num_layers=1)
 SETTINGS = TrainSettings(
@@ -184,13 +186,50 @@ def test_metrics_are_read_a_step_late(opened, tmp_path, monkeypatch):
 
 def test_validation_is_the_mean_over_every_token_of_the_split(opened, tmp_path, data):
     trainer = opened(tmp_path)
-    model, params = trainer.model, trainer._state.params
-    total = count = 0.0
-    for document in data.split(validation=True):
-        tokens = data.tokens[data.starts[document] : data.starts[document + 1]]
-        # Rows of 24 hold all of it but for the tokens that begin one.
-        for first in range(0, len(tokens), 24):
-            row = jnp.asarray(tokens[None, first : first + 24], jnp.int32)
-            value, counted = step.eval_step(model, params, row)
-            total, count = total + float(value), count + int(counted)
-    assert trainer.evaluate() == pytest.approx(total / count, rel=0.02)
+    params = perturbed(trainer._state.params)  # some tokens are likelier than others
+    trainer._state = trainer._state._replace(params=params)
+    packing = Packing(data, data.split(validation=True), 24, seed=SETTINGS.seed)
+    losses = []
+    for tokens, segment_ids in zip(*packing.batch(0, packing.num_rows), strict=True):
+        for segment in range(1, segment_ids.max() + 1):
+            piece = tokens[segment_ids == segment]
+            exact = reference_logits(CONFIG, params, piece[None])[0, :-1]
+            below = np.log(np.exp(exact).sum(axis=-1))
+            losses.extend(below - exact[np.arange(len(piece) - 1), piece[1:]])
+    assert np.std(losses) > 0.3
+    assert trainer.evaluate() == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def test_validation_in_parts_is_the_same(opened, tmp_path):
+    """A part of a batch at a time, as training: memory was planned for so much."""
+    whole, parts = (
+        opened(tmp_path / str(n), accumulation=n, eval_batches=2) for n in (1, 2)
+    )
+    shapes = []
+    plain = step.eval_step
+
+    def spy(model, params, tokens, segment_ids):
+        shapes.append(tokens.shape)
+        return plain(model, params, tokens, segment_ids)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step, "eval_step", spy)
+        assert parts.evaluate() == pytest.approx(whole.evaluate(), rel=1e-6)
+    assert set(shapes[: len(shapes) // 3 + 1]) == {(2, 24)}
+    assert set(shapes) == {(2, 24), (4, 24)}
+
+
+def test_a_checkpoint_of_another_seed_is_told(opened, tmp_path):
+    opened(tmp_path).run()
+    with pytest.raises(CheckpointError, match="of a run of seed 0, not 7"):
+        opened(tmp_path, seed=7)
+
+
+def test_a_validation_loss_that_is_not_finite_saves_nothing(
+    opened, tmp_path, monkeypatch
+):
+    trainer = opened(tmp_path)
+    monkeypatch.setattr(trainer, "evaluate", lambda: float("nan"))
+    with pytest.raises(TrainingError, match="step 4: validation loss nan"):
+        trainer.run()
+    assert [saved.step for saved in trainer.checkpoints.saved()] == [3]
