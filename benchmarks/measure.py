@@ -5,48 +5,14 @@ import pathlib
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-PROBE_BYTES = 256 * 2**20  # several times any last-level cache
-ACCELERATOR_PROBE_BYTES = 2 * 2**30  # reading it takes longer than to start
-
-
-def probe_bytes(platform: str) -> int:
-    """What a `Bandwidth` holds on JAX's platform of that name."""
-    return PROBE_BYTES if platform == "cpu" else ACCELERATOR_PROBE_BYTES
-
-
-class Bandwidth:
-    """Reads one large float32 array in the ways XLA reads fastest.
-
-    A probe is the best of a sum and of a matrix-vector product, two runs each: memory
-    is shared with whatever else the machine does, so a probe belongs beside each
-    measurement it is compared with. On a GPU or TPU a run is some, enqueued together.
-    """
-
-    def __init__(self) -> None:
-        rows, platform = 4096, jax.devices()[0].platform
-        self._runs = 1 if platform == "cpu" else 8
-        columns = probe_bytes(platform) // 4 // rows
-        self._matrix = jnp.ones((rows, columns), jnp.float32)
-        self._vector = jnp.ones((self._matrix.shape[1],), jnp.float32)
-        self._reads = (
-            jax.jit(lambda matrix, vector: jnp.sum(matrix) + vector[0]),
-            jax.jit(lambda matrix, vector: matrix @ vector),
-        )
-        self.probe()  # compiles
-
-    def probe(self) -> float:
-        """Bytes per second, now."""
-        best = min(
-            elapsed(read, self._matrix, self._vector, runs=self._runs)
-            for read in self._reads
-            for _ in range(2)
-        )
-        return self._matrix.nbytes / best
+from minillm_jax.planning.probes import PROBE_BYTES as PROBE_BYTES
+from minillm_jax.planning.probes import Bandwidth as Bandwidth
+from minillm_jax.planning.probes import elapsed as elapsed
+from minillm_jax.planning.probes import probe_bytes as probe_bytes
 
 
 class Product:
@@ -86,15 +52,6 @@ def _ticks() -> tuple[int, int]:
     user, nice, system, idle, iowait, *rest = map(int, line.split()[1:9])
     idle += iowait
     return idle, user + nice + system + idle + sum(rest)
-
-
-def elapsed(function: Callable[..., Any], *args: Any, runs: int = 1) -> float:
-    """Seconds until the result of `function(*args)` is there; of each of some runs."""
-    out, start = None, time.perf_counter()
-    for _ in range(runs):
-        out = function(*args)  # the one before is freed
-    jax.block_until_ready(out)
-    return (time.perf_counter() - start) / runs
 
 
 def spread(values: list[float]) -> dict[str, float]:

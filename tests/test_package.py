@@ -48,6 +48,7 @@ LAYERS = (
     ("training.evaluation",),
     ("planning.devices", "planning.automatic", "planning.activations"),
     ("planning.machine", "planning.workload", "planning.bounds"),
+    ("planning.probes", "planning.doctor"),
     ("planning.compiled",),
     ("planning.memory",),
     ("planning.advice",),
