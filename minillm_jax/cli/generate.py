@@ -3,6 +3,7 @@
     python -m minillm_jax.cli.generate --prompt="def "
     python -m minillm_jax.cli.generate --config=small --prompt="Once upon a time"
     python -m minillm_jax.cli.generate --model=FOLDER --chat
+    python -m minillm_jax.cli.generate --prompt_file=long.txt --prompt_cache=long.cache
     python -m minillm_jax.cli.generate --workdir=runs/a --prompt="def "
 
 Where nothing names a model it is the small one of Python source that comes with the
@@ -43,6 +44,10 @@ def define_flags() -> None:
         "A tokenizer.json or its folder; else that of --model, or bytes.",
     )
     flags.DEFINE_string("workdir", None, "A training run, whose best model is taken.")
+    flags.DEFINE_string(
+        *("prompt_cache", None),
+        "Keep the prompt's cache in this file, and prefill only what is not in it.",
+    )
     flags.DEFINE_bool("chat", False, "Talk: a line is a message, its answer follows.")
     flags.DEFINE_string("system", None, "The system message of a chat.")
     flags.DEFINE_bool("json", False, "Print one JSON object instead of the text.")
@@ -144,6 +149,8 @@ def main(config: Any) -> None:
     params = model_folder.params(config, model)
     policy = {"overflow": FLAGS.overflow, "num_sinks": FLAGS.num_sinks}
     made = generator.Generator(model, params, tokenizer, **policy)
+    if FLAGS.prompt_cache is not None:
+        _use_prompt_cache(made, prompt)
     if FLAGS.chat:
         chat.run(made, tokenizer, FLAGS.system, FLAGS.max_new_tokens, sampling)
         return
@@ -155,6 +162,15 @@ def main(config: Any) -> None:
         print(answer.summary(), file=sys.stderr)
     if answer.interrupted:
         raise KeyboardInterrupt
+
+
+def _use_prompt_cache(made: generator.Generator, prompt: list[int]) -> None:
+    """Loads the file, if there is one, and adds the prompt where it is not in it."""
+    path = pathlib.Path(FLAGS.prompt_cache)
+    if path.exists():
+        made.load_cache(path)
+    if made.remember(prompt):
+        made.save_cache(path)
 
 
 def trained() -> str | None:

@@ -102,10 +102,9 @@ class Executables:
         """Arrays of the host on the device."""
         return jax.device_put(tree, self._device)
 
-    def prefilled(self, tokens: Sequence[int], capacity: int) -> dict[str, Any]:
-        """A new cache of one row that has seen some tokens."""
+    def prefilled(self, cache: Any, capacity: int, tokens: Sequence[int]) -> Any:
+        """A cache of one row that has seen some tokens more; `cache` is dead."""
         row = np.asarray([tokens], np.int32)
-        cache = self(Key("init_cache", 1, capacity))
         logits: Any = np.zeros((1, self.model.config.vocab_size), np.float32)
         lengths = np.array([len(tokens)], np.int32)
         for chunk, remaining in decode.prompt_chunks(

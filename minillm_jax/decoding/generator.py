@@ -13,7 +13,7 @@ from minillm_jax import progress, validation
 from minillm_jax.config import ModelConfig
 from minillm_jax.decoding import prompt_cache, requests
 from minillm_jax.decoding.decode import Params
-from minillm_jax.decoding.executables import Executables, smallest_holding
+from minillm_jax.decoding.executables import Executables, Key, smallest_holding
 from minillm_jax.decoding.prompt_cache import PromptCacheError
 from minillm_jax.decoding.requests import Completion, Prompt
 from minillm_jax.decoding.sampling import SamplingParams, request_arrays
@@ -191,7 +191,7 @@ class Generator:
         `prompt_cache_bytes` are not enough.
 
         Returns:
-          Its tokens.
+          Tokens that were prefilled: 0 where it was kept already, as a whole.
 
         Raises:
           CacheOverflowError: if it is longer than the cache.
@@ -206,12 +206,19 @@ class Generator:
                 f"prompt has {len(tokens)} tokens, but max_kv_cache_len={longest}; "
                 "only what fits without a ring can be kept"
             )
+        best = self._prompts.best([*tokens, -1])  # its last token may be among them
+        if best is not None and best[1] == len(tokens):
+            return 0
         capacity = smallest_holding(run.capacities, len(tokens))
         slots = kv.num_slots(config, capacity, self.policy)
         self._prompts.check(costs.cache_bytes(config, 1, slots))
-        cache = run.prefilled(tokens, capacity)
+        cache = run(Key("init_cache", 1, capacity))
+        held = 0 if best is None else best[1]
+        if best is not None:
+            cache = prompt_cache.copied(run, capacity, cache, best, np.ones(1, bool))
+        cache = run.prefilled(cache, capacity, tokens[held:])
         self._prompts.keep(prompt_cache.Kept(tuple(tokens), cache, capacity))
-        return len(tokens)
+        return len(tokens) - held
 
     def forget(self) -> None:
         """Gives up all that `remember` and `load_cache` keep."""

@@ -23,6 +23,7 @@ import safetensors
 import safetensors.numpy
 
 from minillm_jax.config import ModelConfig
+from minillm_jax.decoding.executables import Executables, Key
 from minillm_jax.model import cache as kv
 from minillm_jax.model import rope
 
@@ -115,6 +116,20 @@ class PromptCache:
         usable = kv.can_rewind(config, kept.cache, self._policy, held, common)
         usable &= rope.same_turns(config, held, len(prompt), exactly=True)
         return common if usable else 0
+
+
+def copied(
+    run: Executables, capacity: int, cache: Any, best: tuple[Kept, int], rows: Any
+) -> Any:
+    """A cache of a capacity with some rows begun as a kept one; `cache` is dead."""
+    kept, common = best
+    return run(
+        Key("copy_rows", len(rows), capacity, kept.capacity),
+        cache=cache,
+        source=kept.cache,
+        rows=rows,
+        length=np.array(common, np.int32),
+    )
 
 
 class Origin:

@@ -25,7 +25,7 @@ import jax
 import numpy as np
 
 from minillm_jax.config import ConfigError
-from minillm_jax.decoding import decode, sampling
+from minillm_jax.decoding import decode, prompt_cache, sampling
 from minillm_jax.decoding.executables import Executables, Key, smallest_holding
 from minillm_jax.decoding.prompt_cache import Kept, PromptCache
 from minillm_jax.decoding.requests import Completion, Piece, Row
@@ -301,17 +301,13 @@ class Loop:
         for row in self._unfinished():
             if (best := self._prompts.best(row.request.prompt)) is not None:
                 found.setdefault(best, []).append(row.index)
-        for (kept, common), rows in found.items():
+        for best, rows in found.items():
             chosen = np.isin(np.arange(len(held)), rows)
-            self._cache = self._executables(
-                self._key("copy_rows", kept.capacity),
-                cache=self._cache,
-                source=kept.cache,
-                rows=chosen,
-                length=np.array(common, np.int32),
+            self._cache = prompt_cache.copied(
+                *(self._executables, self._capacity, self._cache, best, chosen)
             )
             for row in rows:
-                held[row] = common
+                held[row] = best[1]
         return held
 
     def _tokens_after(self, steps: int) -> int:

@@ -223,11 +223,13 @@ def test_the_budget_bounds_what_is_kept():
     assert stream(run, [*first, 1])[1] == 21
 
 
-def test_the_same_prompt_is_kept_once():
-    run = generating()
-    run.remember(SYSTEM)
-    run.remember(SYSTEM)
-    assert len(run._prompts) == 1
+def test_what_is_kept_already_is_not_prefilled_again():
+    run, longer = generating(), [*SYSTEM, *some_tokens(13, seed=8)]
+    assert [run.remember(p) for p in (SYSTEM, SYSTEM, longer)] == [20, 0, 13]
+    assert run.remember(longer[:25]) == 0
+    assert len(run._prompts) == 2
+    expected, _ = stream(generating(), [*longer, 1])
+    assert stream(run, [*longer, 1]) == (expected, 1)
 
 
 def test_a_text_is_a_prompt_too():
