@@ -163,7 +163,7 @@ class Runner:
         )
         given = (params, leaves, self._tokens, np.int32(context))
         self._call = call.lower(*given).compile()
-        self.temp_bytes = self._call.memory_analysis().temp_size_in_bytes
+        self.temp_bytes = _temp_bytes(self._call)
 
     def seconds(self) -> float:
         """Of a step, of STEPS that follow `context` tokens."""
@@ -191,7 +191,7 @@ class NoCache:
             return model.apply({"params": params}, x[:, -1], method="unembed")
 
         self._call = jax.jit(last).lower(self._params, self._tokens).compile()
-        self.temp_bytes = self._call.memory_analysis().temp_size_in_bytes
+        self.temp_bytes = _temp_bytes(self._call)
 
     def seconds(self) -> float:
         """Of a token."""
@@ -209,7 +209,7 @@ class Ours:
         self._tokens, self._active = np.zeros(rows, np.int32), np.ones(rows, bool)
         given = (self._params, self._cache, self._tokens, self._active)
         self._call = decode.decode_chunk.lower(model, *given, steps=STEPS).compile()
-        self.temp_bytes = self._call.memory_analysis().temp_size_in_bytes
+        self.temp_bytes = _temp_bytes(self._call)
 
     def seconds(self) -> float:
         """Of a step."""
@@ -219,6 +219,10 @@ class Ours:
         jax.block_until_ready(out.sampled)
         self._cache = out.cache
         return (time.perf_counter() - start) / STEPS
+
+
+def _temp_bytes(executable: Any) -> int:
+    return executable.memory_analysis().temp_size_in_bytes
 
 
 def _chunk(one, params, leaves, tokens, position):

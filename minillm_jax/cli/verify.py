@@ -62,7 +62,7 @@ def main(config: Any) -> None:
     start, found = time.perf_counter(), []
     names = verify.names(model.config)
     with progress.bar("comparing", len(names)) as bar:
-        for line in verify.lines(model, params, tokens):
+        for line in verify.lines(model, params, tokens.tolist()):
             found.append(line)
             progress.advance(bar, line.name)
     result = _result(model.config, found, count, time.perf_counter() - start)

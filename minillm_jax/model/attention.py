@@ -83,7 +83,8 @@ def attend(
         if not in_place:
             size = min(blockwise.TRAINING_BLOCK, slots)
             layout = blockwise.Layout(min(size, query_block(q.shape, size)), size)
-            return blockwise.attend(q, k, v, queries, keys, scoring, layout)
+            out = blockwise.attend(q, k, v, queries, keys, scoring, layout)
+            return out  # pyright: ignore[reportReturnType]
 
         def one(q, queries):
             out, _ = blockwise.attend_block(
