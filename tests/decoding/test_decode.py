@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import minillm_jax as mj
-from minillm_jax import testing
+from minillm_jax import reference, testing
 from minillm_jax.decoding import checks, decode
 from minillm_jax.model import transformer
 
@@ -433,12 +433,12 @@ def test_a_ring_over_three_wraps_equals_the_windowed_forward(sizes, policy):
 
 def ring_logits(config, params, tokens):
     """The reference where no layer sees more than `max_kv_cache_len` tokens."""
-    mask, longest = testing._mask, config.max_kv_cache_len
+    mask, longest = reference._mask, config.max_kv_cache_len
 
     def bounded(segments, window, sinks):
         return mask(segments, min(window or longest, longest), sinks)
 
-    with mock.patch.object(testing, "_mask", bounded):
+    with mock.patch.object(reference, "_mask", bounded):
         return testing.reference_logits(config, params, tokens)
 
 

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import minillm_jax as mj
-from minillm_jax import testing
+from minillm_jax import reference, testing
 from minillm_jax.decoding import generator
 from minillm_jax.model import transformer
 
@@ -130,13 +130,13 @@ def raw_logits(run, prompt, tokens):
     config, policy = run.model.config, run.policy
     whole = np.array([[*prompt, *tokens]])
     params = jax.device_get(run._executables.params)
-    longest, mask = config.max_kv_cache_len, testing._mask
+    longest, mask = config.max_kv_cache_len, reference._mask
 
     def in_a_ring(segments, window, _):
         return mask(segments, min(window or longest, longest), policy.num_sinks)
 
     own = in_a_ring if policy.overflow == "ring" else mask
-    with mock.patch.object(testing, "_mask", own):
+    with mock.patch.object(reference, "_mask", own):
         logits = testing.reference_logits(config, params, whole)
     return logits[0, len(prompt) - 1 : -1]
 

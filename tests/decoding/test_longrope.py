@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import minillm_jax as mj
-from minillm_jax import testing
+from minillm_jax import reference, testing
 from minillm_jax.decoding import decode, executables, generator, sampling
 from minillm_jax.model import transformer
 
@@ -71,14 +71,14 @@ def some_prompts(lengths):
 
 def reference(run, prompt, tokens):
     """The logits of each token, of the sequence before it alone, float64 [T, V]."""
-    config, mask = run.model.config, testing._mask
+    config, mask = run.model.config, reference._mask
     longest = config.max_kv_cache_len
     params = jax.device_get(run._executables.params)
 
     def in_a_ring(segments, window, sinks):
         return mask(segments, min(window or longest, longest), sinks)
 
-    with mock.patch.object(testing, "_mask", in_a_ring):
+    with mock.patch.object(reference, "_mask", in_a_ring):
         return np.stack(
             [
                 testing.reference_logits(config, params, [[*prompt, *tokens[:i]]])[
