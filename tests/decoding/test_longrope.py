@@ -69,7 +69,7 @@ def some_prompts(lengths):
     return [some_tokens(length, seed=length) for length in lengths]
 
 
-def reference(run, prompt, tokens):
+def exact(run, prompt, tokens):
     """The logits of each token, of the sequence before it alone, float64 [T, V]."""
     config, mask = run.model.config, reference._mask
     longest = config.max_kv_cache_len
@@ -90,7 +90,7 @@ def reference(run, prompt, tokens):
 
 
 def assert_greedy(run, prompt, tokens):
-    logits = reference(run, prompt, tokens)[:, LETTERS.start : LETTERS.stop]
+    logits = exact(run, prompt, tokens)[:, LETTERS.start : LETTERS.stop]
     chosen = logits[np.arange(len(tokens)), np.array(tokens) - LETTERS.start]
     assert np.all(chosen >= logits.max(axis=-1) - 2e-5)
 
@@ -234,7 +234,7 @@ def test_logprobs_go_on_across_the_point(run):
     with run.stream(prompts, 12, params) as pieces:
         assert len(list(pieces)) == 36
     for prompt, completion in zip(prompts, pieces.completions, strict=True):
-        logits = reference(run, prompt, completion.tokens)
+        logits = exact(run, prompt, completion.tokens)
         expected = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
         at = np.arange(12), np.array(completion.tokens)
         np.testing.assert_allclose(completion.logprobs, expected[at], atol=1e-4)
