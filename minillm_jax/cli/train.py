@@ -68,7 +68,7 @@ class Shown:
             tail = "" if bits is None else f", {bits:.3f} bits per byte"
             rate = row.tokens_per_second
             tail += "" if rate is None else f", {rate:.0f} tokens/s"
-            with contextlib.suppress(OSError):  # nobody reads any more
+            with contextlib.suppress(OSError, SystemExit):  # rich, if nobody reads
                 self.bar.console.print(
                     f"step {row.step}: loss {row.loss:.3f}, "
                     f"validation {row.val_loss:.3f}{tail}",

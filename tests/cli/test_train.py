@@ -93,7 +93,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(text, tmp_path):
         (workdir, "--config.model.vocab_size=100"): "ids up to 255",
         (workdir, "--config.train.seq_len=4096"): "seq_len=4096",
         (workdir, "--config.train.batch_size=100000"): "does not fit",
-        (workdir, "--config.model.activation=gelu_tanh"): "activation",
+        (workdir, "--config.model.logits_softcap=30.0"): "logits_softcap",
         (workdir, "--config.model.param_dtype=bfloat16"): "float32",
     }
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
