@@ -14,7 +14,7 @@ D model dim.
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -83,8 +83,8 @@ def attend(
         if not in_place:
             size = min(blockwise.TRAINING_BLOCK, slots)
             layout = blockwise.Layout(min(size, query_block(q.shape, size)), size)
-            out = blockwise.attend(q, k, v, queries, keys, scoring, layout)
-            return out  # pyright: ignore[reportReturnType]
+            out: Any = blockwise.attend(q, k, v, queries, keys, scoring, layout)
+            return out
 
         def one(q, queries):
             out, _ = blockwise.attend_block(
