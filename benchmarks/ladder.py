@@ -37,9 +37,7 @@ class Rung(NamedTuple):
     """What is done; each field is a step up."""
 
     donated: bool = False
-    unrolled: bool = (
-        False  # a kernel and a leaf for each layer, else stacked and scanned
-    )
+    unrolled: bool = False  # each layer's arrays apart, else stacked and scanned
     heads_first: bool = False  # leaves [B, K, S, H] instead of [B, S, K, H]
     no_batch_axis: bool = False  # where there is one row
     chunked: bool = False  # STEPS steps in a call, else one
@@ -143,7 +141,7 @@ class Runner:
     """A rung, compiled."""
 
     def __init__(self, config: ModelConfig, rung: Rung, rows: int, context: int):
-        self._rung, self._context = rung, context
+        self._context = context
         params = random_kernels(config)
         leaf = functools.partial(empty_leaf, config, rung, rows, context + STEPS)
         if rung.unrolled:

@@ -102,22 +102,31 @@ class Executables:
         """Arrays of the host on the device."""
         return jax.device_put(tree, self._device)
 
-    def prefilled(self, cache: Any, capacity: int, tokens: Sequence[int]) -> Any:
-        """A cache of one row that has seen some tokens more; `cache` is dead."""
-        row = np.asarray([tokens], np.int32)
-        logits: Any = np.zeros((1, self.model.config.vocab_size), np.float32)
-        lengths = np.array([len(tokens)], np.int32)
+    def prefill(
+        self, cache: Any, capacity: int, prompts: Sequence[Sequence[int]]
+    ) -> tuple[Any, Any]:
+        """Enqueues a prompt for each row, [] for none; `cache` is dead.
+
+        Returns:
+          The logits of each row's last token, and the cache.
+        """
+        config, rows = self.model.config, len(prompts)
+        lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+        tokens = np.zeros((rows, lengths.max()), np.int32)
+        for row, prompt in enumerate(prompts):
+            tokens[row, : len(prompt)] = prompt
+        logits: Any = np.zeros((rows, config.vocab_size), np.float32)
         for chunk, remaining in decode.prompt_chunks(
-            self.model.config, row, lengths, len(tokens)
+            config, tokens, lengths, tokens.shape[1]
         ):
             logits, cache = self(
-                Key("prefill", 1, capacity, chunk.shape[1]),
+                Key("prefill", rows, capacity, chunk.shape[1]),
                 cache=cache,
                 logits=logits,
                 tokens=chunk,
                 remaining=remaining,
             )
-        return jax.block_until_ready(cache)
+        return logits, cache
 
     @contextlib.contextmanager
     def forbidden(self) -> Iterator[None]:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from minillm_jax import progress, validation
@@ -83,7 +84,9 @@ class Generator:
             "prompt_cache_bytes", prompt_cache_bytes, bounds
         )
         self._prompts = prompt_cache.PromptCache(model.config, policy, budget)
-        self._origin = prompt_cache.Origin(model.config, params, tokenizer)
+        self._origin = prompt_cache.Origin(
+            model.config, self._executables.params, tokenizer
+        )
         known = _known_ids(tokenizer, model.config.vocab_size)
         self._known = self._executables.put(known)
         if getattr(tokenizer, "eos_token_ids", ()) and not model.config.eos_token_ids:
@@ -216,7 +219,8 @@ class Generator:
         held = 0 if best is None else best[1]
         if best is not None:
             cache = prompt_cache.copied(run, capacity, cache, best, np.ones(1, bool))
-        cache = run.prefilled(cache, capacity, tokens[held:])
+        _, cache = run.prefill(cache, capacity, [tokens[held:]])
+        cache = jax.block_until_ready(cache)
         self._prompts.keep(prompt_cache.Kept(tuple(tokens), cache, capacity))
         return len(tokens) - held
 

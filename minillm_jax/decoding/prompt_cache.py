@@ -10,11 +10,12 @@ byte has changed.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -138,18 +139,17 @@ class Origin:
     def __init__(self, config: ModelConfig, params: Mapping[str, Any], tokenizer: Any):
         values = {k: v for k, v in config.to_dict().items() if k not in _FREE}
         self._config, self._params, self._tokenizer = values, params, tokenizer
-        self._found: dict[str, str] = {}
 
-    @property
+    @functools.cached_property
     def fingerprints(self) -> dict[str, str]:
         """By part; reads all weights when it is first asked for."""
-        if not self._found:
-            self._found = {
-                "config": json.dumps(self._config, sort_keys=True),
-                "weights": _weights_sha256(self._params),
-                "tokenizer": _tokenizer_name(self._tokenizer),
-            }
-        return self._found
+        leaves = jax.tree_util.tree_leaves_with_path(dict(self._params))
+        weights = ((jax.tree_util.keystr(path), leaf) for path, leaf in leaves)
+        return {
+            "config": json.dumps(self._config, sort_keys=True),
+            "weights": _sha256(weights),
+            "tokenizer": _tokenizer_name(self._tokenizer),
+        }
 
     def check(self, metadata: Mapping[str, str], file: pathlib.Path) -> None:
         """Raises PromptCacheError where a file was made with something else."""
@@ -177,7 +177,11 @@ def write(path: str | os.PathLike[str], kept: Sequence[Kept], origin: Origin) ->
             for name, leaf in one.cache[f"layers_{layer}"]["attention"].items():
                 used = np.asarray(leaf)[:, : min(leaf.shape[-2], len(one.tokens))]
                 arrays[f"{index}.layers_{layer}.{name}"] = np.ascontiguousarray(used)
-    metadata = {"format": FORMAT, **origin.fingerprints, "sha256": _sha256(arrays)}
+    metadata = {
+        "format": FORMAT,
+        **origin.fingerprints,
+        "sha256": _arrays_sha256(arrays),
+    }
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         safetensors.numpy.save_file(arrays, beside, metadata=metadata)
@@ -203,7 +207,7 @@ def read(path: str | os.PathLike[str], origin: Origin) -> list[dict[str, np.ndar
             arrays = {name: opened.get_tensor(name) for name in names}
     except (safetensors.SafetensorError, OSError) as error:
         raise PromptCacheError(f"{path}: cannot be read: {error}") from None
-    if _sha256(arrays) != metadata.get("sha256"):
+    if _arrays_sha256(arrays) != metadata.get("sha256"):
         raise PromptCacheError(f"{path}: is damaged: its SHA-256 is not what it says")
     prompts: dict[str, dict[str, np.ndarray]] = {}
     for name, array in arrays.items():
@@ -228,28 +232,19 @@ def filled(
     return cache
 
 
-def _sha256(arrays: Mapping[str, np.ndarray]) -> str:
+def _arrays_sha256(arrays: Mapping[str, np.ndarray]) -> str:
+    return _sha256(sorted(arrays.items()))
+
+
+def _sha256(named: Iterable[tuple[str, Any]]) -> str:
+    """Of arrays and their names; one at a time is in host memory."""
     found = hashlib.sha256()
-    for name in sorted(arrays):
-        array = arrays[name]
+    for name, array in named:
         found.update(f"{name} {array.dtype} {array.shape}\n".encode())
-        found.update(_bytes(array))
-    return found.hexdigest()
-
-
-def _bytes(array: Any) -> memoryview:
-    """Of an array, without a copy where it is in host memory."""
-    flat = np.ascontiguousarray(np.asarray(array)).reshape(-1)
-    return memoryview(flat.view(np.uint8))  # pyright: ignore[reportArgumentType]
-
-
-def _weights_sha256(params: Mapping[str, Any]) -> str:
-    """A leaf at a time in host memory."""
-    found = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(dict(params)):
-        name = jax.tree_util.keystr(path)
-        found.update(f"{name} {leaf.dtype} {leaf.shape}\n".encode())
-        found.update(_bytes(leaf))
+        flat = np.ascontiguousarray(np.asarray(array)).reshape(-1)
+        found.update(
+            memoryview(flat.view(np.uint8))  # pyright: ignore[reportArgumentType]
+        )
     return found.hexdigest()
 
 

@@ -25,7 +25,7 @@ import jax
 import numpy as np
 
 from minillm_jax.config import ConfigError
-from minillm_jax.decoding import decode, prompt_cache, sampling
+from minillm_jax.decoding import prompt_cache, sampling
 from minillm_jax.decoding.executables import Executables, Key, smallest_holding
 from minillm_jax.decoding.prompt_cache import Kept, PromptCache
 from minillm_jax.decoding.requests import Completion, Piece, Row
@@ -241,7 +241,7 @@ class Loop:
 
     def _prefill(self) -> sampling.Sampled:
         """Enqueues the prompts, and their first tokens."""
-        run, config = self._executables, self._executables.model.config
+        run = self._executables
         held = self._take_cache()
         if self._steps_left() > 0:  # now, for the first token will not wait for it
             run.compile(self._key("decode", self._next_steps()))
@@ -249,24 +249,8 @@ class Loop:
         for row in self._unfinished():
             whole = row.request.prompt + row.tokens
             prompts[row.index] = whole[held[row.index] :]
-        lengths = np.array([len(prompt) for prompt in prompts])
-        tokens = np.zeros((len(prompts), lengths.max()), np.int32)
-        for row, length in enumerate(lengths):
-            tokens[row, :length] = prompts[row]
-        self.prefilled_tokens += int(lengths.sum())
-
-        logits: Any = np.zeros((len(prompts), config.vocab_size), np.float32)
-        lengths = lengths.astype(np.int32)
-        for chunk, remaining in decode.prompt_chunks(
-            config, tokens, lengths, tokens.shape[1]
-        ):
-            logits, self._cache = run(
-                self._key("prefill", chunk.shape[1]),
-                cache=self._cache,
-                logits=logits,
-                tokens=chunk,
-                remaining=remaining,
-            )
+        self.prefilled_tokens += sum(map(len, prompts))
+        logits, self._cache = run.prefill(self._cache, self._capacity, prompts)
         requests = self._requests._replace(budget=np.array(self._until, np.int32))
         generated = [row.tokens for row in self._rows]
         state = run.put(sampling.initial_state(requests, generated))

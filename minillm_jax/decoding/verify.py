@@ -125,10 +125,8 @@ def names(config: ModelConfig) -> tuple[str, ...]:
 
 def longest(config: ModelConfig) -> int:
     """Tokens that can be compared at most."""
-    most, scaling = (
-        min(config.max_seq_len, config.max_kv_cache_len),
-        config.rope_scaling,
-    )
+    most = min(config.max_seq_len, config.max_kv_cache_len)
+    scaling = config.rope_scaling
     if scaling is not None and scaling.rope_type in ("longrope", "dynamic"):
         # Beyond it the keys of a cache are turned otherwise than those of a forward.
         most = min(most, scaling.original_max_position_embeddings)

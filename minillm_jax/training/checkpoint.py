@@ -113,8 +113,13 @@ class Checkpoints:
 
         Of those whose files are as they should be.
         """
-        whole = [found for found in self.saved() if self._problem(found.step) is None]
-        return best_of(whole) or (whole[-1] if whole else None)
+        left = self.saved()
+        while left:
+            found = best_of(left) or left[-1]
+            if self._problem(found.step) is None:
+                return found
+            left.remove(found)
+        return None
 
     def newest(self) -> Saved | None:
         """The newest one whose files are as its manifest says; others are named.

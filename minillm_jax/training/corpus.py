@@ -176,6 +176,8 @@ def _splits(written: _Written) -> tuple[list[int], list[int], list[bool]]:
     for group, length in zip(groups, lengths, strict=True):
         sizes[group] += length
     smallest, *_, largest = sorted(keys, key=lambda group: (sizes[group], keys[group]))
-    chosen = chosen or {smallest}
-    chosen = chosen - {largest} if len(chosen) == len(keys) else chosen
+    if not chosen:
+        chosen = {smallest}
+    elif len(chosen) == len(keys):
+        chosen.remove(largest)
     return lengths, num_bytes, [group in chosen for group in groups]

@@ -4,7 +4,7 @@ A document is read in windows of T tokens, each half over the one before; what i
 a window counts, so that behind the first window a token has T / 2 others before it, or
 more. The first token of a document, which nothing precedes, costs log2(V) bits.
 
-    document   aaaaaaaaaaaaaaaaaaaa
+    document   aaaaaaaaaaaaaaaa
     window 0   .AAAAAAA
     window 1       aaaaAAAA              A: counts
     window 2           aaaaAAAA

@@ -57,8 +57,8 @@ def begin(
       ConfigError: where they differ in what changes a step: all of it, in one message.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    there = read_object(folder / CONFIG, ConfigError)
-    if not has_begun(folder):
+    there = _begun(folder)
+    if not there:
         _write(folder / CONFIG, _described(config, settings, weights))
         return settings
     had = there.get("train", {})
@@ -88,13 +88,18 @@ def has_begun(folder: pathlib.Path) -> bool:
     Raises:
       ConfigError: if its config.json is something else's, such as a model's.
     """
+    return bool(_begun(folder))
+
+
+def _begun(folder: pathlib.Path) -> dict[str, Any]:
+    """What a run has begun with, nothing where there is none."""
     there = read_object(folder / CONFIG, ConfigError)
     if there and not {"model", "train", "weights"} <= there.keys():
         raise ConfigError(
             f"{folder / CONFIG}: is not a run's; give another --workdir, which may be "
             "a new folder"
         )
-    return bool(there)
+    return there
 
 
 @contextlib.contextmanager
