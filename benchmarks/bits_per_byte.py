@@ -55,7 +55,7 @@ def _folder() -> pathlib.Path:
     if FLAGS.model is not None and FLAGS.workdir is not None:
         raise UserError("--model and --workdir: give one")
     if FLAGS.workdir is not None:
-        return pathlib.Path(FLAGS.workdir) / run_folder.MODEL
+        return run_folder.trained_model(FLAGS.workdir)
     return hub.SHIPPED if FLAGS.model is None else hub.folder(FLAGS.model)
 
 

@@ -189,7 +189,7 @@ def _no_cache(model, params, tokens: np.ndarray) -> tuple[float, int]:
 
     And the bytes that such a forward takes.
     """
-    forward = jax.jit(_last_logits, static_argnames=("model",))
+    forward = jax.jit(last_logits, static_argnames=("model",))
     call = forward.lower(model, params, tokens).compile()
     seconds = []
     while len(seconds) < NO_CACHE_TOKENS and sum(seconds) < NO_CACHE_SECONDS:
@@ -198,7 +198,7 @@ def _no_cache(model, params, tokens: np.ndarray) -> tuple[float, int]:
     return rate, compiled.call_bytes(call)
 
 
-def _last_logits(model, params, tokens):
+def last_logits(model, params, tokens):
     """The logits that the next token is chosen from, and no others."""
     x, _ = model.apply({"params": params}, tokens, method="hidden")
     return model.apply({"params": params}, x[:, -1], method="unembed")

@@ -19,7 +19,7 @@ import numpy as np
 from absl import flags
 from rich import console
 
-from benchmarks import measure, report
+from benchmarks import decode_runs, measure, report
 from minillm_jax import progress
 from minillm_jax.cli import app, config_files
 from minillm_jax.cli.app import UserError
@@ -184,11 +184,8 @@ class NoCache:
         self._params = transformer.init_params(model)
         self._tokens = np.zeros((rows, context), np.int32)
 
-        def last(params, tokens):
-            x, _ = model.apply({"params": params}, tokens, method="hidden")
-            return model.apply({"params": params}, x[:, -1], method="unembed")
-
-        self._call = jax.jit(last).lower(self._params, self._tokens).compile()
+        forward = jax.jit(decode_runs.last_logits, static_argnames=("model",))
+        self._call = forward.lower(model, self._params, self._tokens).compile()
         self.temp_bytes = _temp_bytes(self._call)
 
     def seconds(self) -> float:

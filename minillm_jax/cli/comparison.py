@@ -6,13 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from minillm_jax.config import ModelConfig
 from minillm_jax.decoding import generator
 from minillm_jax.decoding.sampling import GREEDY
-from minillm_jax.model import rope
+from minillm_jax.model import rope, transformer
 from minillm_jax.model.transformer import MiniLLM
 from minillm_jax.weights import load
 
@@ -54,7 +52,7 @@ def lines(
         yield Line(f"transformers' logits and tokens: {error}", None)
         return
     try:
-        yield from _beside(transformers, torch, model.config, params, folder)
+        yield from _beside(transformers, torch, model, params, folder)
     except Exception as error:  # whatever transformers finds wrong with the folder
         reason = " ".join(str(error).split())[:200]
         yield Line(f"transformers: {type(error).__name__}: {reason}", False)
@@ -63,7 +61,7 @@ def lines(
 def _beside(
     transformers: Any,
     torch: Any,
-    config: ModelConfig,
+    model: MiniLLM,
     params: dict[str, Any],
     folder: pathlib.Path,
 ) -> Iterator[Line]:
@@ -73,10 +71,8 @@ def _beside(
         folder, dtype=torch.float32, attn_implementation="eager"
     )
     theirs.generation_config.eos_token_id = None  # neither ends before the other
-    floats = dict.fromkeys(("dtype", "param_dtype", "cache_dtype"), "float32")
-    kernels = dict.fromkeys(("attention", "decode_attention"), "xla")
-    ours = MiniLLM(config.replace(**floats, **kernels, eos_token_ids=()))
-    params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+    ours, params = transformer.in_float32(model, params, eos_token_ids=())
+    config = ours.config
     draw = np.random.default_rng(0)
     for length in sorted({min(length, config.max_seq_len) for length in LENGTHS}):
         tokens = draw.integers(0, config.vocab_size, (1, length), np.int32)

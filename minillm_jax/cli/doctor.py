@@ -46,7 +46,7 @@ def facts() -> Facts:
         devices=jax.device_count(),
         nvidia_driver=pathlib.Path("/proc/driver/nvidia/version").exists(),
         available_bytes=machine.available_bytes(device),
-        memory_fraction=os.environ.get("XLA_CLIENT_MEM_FRACTION"),
+        memory_fraction=machine.told_fraction(),
         bandwidth=probes.Bandwidth().probe(),
         known_bandwidth=None if known is None else known.bytes_per_second,
         cache_dtype=cache_dtype,

@@ -31,6 +31,7 @@ from minillm_jax.planning.memory import MemoryPlan
 from minillm_jax.planning.workload import Workload
 from minillm_jax.text import tokenizer as tokenizers
 from minillm_jax.training import run_folder
+from minillm_jax.training.errors import DataError
 from minillm_jax.weights import hub, load
 
 FLAGS = flags.FLAGS
@@ -177,13 +178,10 @@ def trained() -> str | None:
     """The model of --workdir; raises UserError where there is none yet."""
     if FLAGS.workdir is None:
         return None
-    folder = pathlib.Path(FLAGS.workdir) / run_folder.MODEL
-    if not folder.is_dir():
-        raise UserError(
-            f"--workdir={FLAGS.workdir}: has no model yet; cli.train writes it when a "
-            "run ends or is stopped"
-        )
-    return str(folder)
+    try:
+        return str(run_folder.trained_model(FLAGS.workdir))
+    except DataError as error:
+        raise UserError(f"--workdir={error}") from None
 
 
 if __name__ == "__main__":

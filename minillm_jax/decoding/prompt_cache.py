@@ -108,15 +108,18 @@ class PromptCache:
 
     def _common(self, kept: Kept, prompt: Sequence[int]) -> int:
         """Tokens of the prompt that a kept cache can be used for."""
-        common = 0
-        for mine, theirs in zip(kept.tokens, prompt[:-1], strict=False):
-            if mine != theirs:
-                break
-            common += 1
+        common = common_prefix(kept.tokens, prompt[:-1])
         config, held = self._config, len(kept.tokens)
         usable = kv.can_rewind(config, kept.cache, self._policy, held, common)
         usable &= rope.same_turns(config, held, len(prompt), exactly=True)
         return common if usable else 0
+
+
+def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    """Tokens with which both begin."""
+    length = min(len(first), len(second))
+    same = (a == b for a, b in zip(first, second, strict=False))
+    return next((place for place, equal in enumerate(same) if not equal), length)
 
 
 def copied(

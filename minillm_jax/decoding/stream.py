@@ -74,10 +74,8 @@ class Session:
         if self._cache is None or self._owner is None:
             return None
         cache, self._cache = self._cache, None
-        pairs = zip(self._tokens, prompt[:-1], strict=False)
-        same = [a == b for a, b in pairs]
         held = int(np.asarray(cache["lengths"])[0])
-        common = min(same.index(False) if False in same else len(same), held)
+        common = min(prompt_cache.common_prefix(self._tokens, prompt[:-1]), held)
         run, config = self._owner, self._owner.model.config
         rewinds = kv.can_rewind(config, cache, run.policy, held, common)
         if not rewinds or not rope.same_turns(config, held, len(prompt)):

@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
@@ -33,6 +32,7 @@ from minillm_jax.decoding.decode import Params
 from minillm_jax.decoding.generator import Generator
 from minillm_jax.decoding.sampling import GREEDY
 from minillm_jax.model import cache as kv
+from minillm_jax.model import transformer
 from minillm_jax.model.transformer import MiniLLM
 
 SHORTEST = 16  # tokens; fewer would leave nothing to compare
@@ -236,14 +236,14 @@ class _Check:
 
     def _dtype(self, name: str) -> Line:
         ours = _forward(self._model, self._params, self._tokens[None])
-        return compared(name, ours, self._float32(self._tokens), self._budget)
+        return compared(name, ours, self._float32, self._budget)
 
     def _formulas(self, name: str) -> Line:
         tokens = self._tokens[:REFERENCE_TOKENS]
         exact = reference.reference_logits(
             self._model.config, self._params, tokens[None]
         )
-        ours = self._float32(tokens)
+        ours = self._float32[:, : len(tokens)]
         return compared(name, ours, exact, BUDGETS["float32"])
 
     @property
@@ -254,13 +254,12 @@ class _Check:
         """What follows the prompt and each token after it, without a cache."""
         return _forward(model, self._params, self._tokens[None])[0, self._prompt - 1 :]
 
-    def _float32(self, tokens: np.ndarray) -> jax.Array:
-        floats = dict.fromkeys(("dtype", "param_dtype", "cache_dtype"), "float32")
-        kernels = dict.fromkeys(("attention", "decode_attention"), "xla")
-        model = MiniLLM(self._model.config.replace(**floats, **kernels))
-        params = jax.tree.map(lambda x: x.astype(jnp.float32), self._params)
+    @functools.cached_property
+    def _float32(self) -> jax.Array:
+        """A forward of all tokens, in float32."""
+        model, params = transformer.in_float32(self._model, self._params)
         with jax.default_matmul_precision("highest"):
-            return _forward(model, params, tokens[None])
+            return _forward(model, params, self._tokens[None])
 
     def _with(self, **changes: Any) -> MiniLLM:
         return MiniLLM(self._model.config.replace(**changes))

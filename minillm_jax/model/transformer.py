@@ -155,6 +155,11 @@ class MiniLLM(nn.Module):
             logits = products.product(x, head, axis=axis, dtype=jnp.float32)
             return layers.softcap(logits, self.config.logits_softcap)
 
+    @property
+    def head_names(self) -> tuple[str, str]:
+        """The parameters that `unembed` reads."""
+        return "final_norm", "embedding" if self.config.tie_embeddings else "lm_head"
+
     def _check_call(self, tokens, lengths, segment_ids, policy) -> None:
         """Raises ValueError for shapes that this model or its cache cannot take."""
         if tokens.ndim != 2:
@@ -234,6 +239,19 @@ def create_model(config: ModelConfig) -> MiniLLM:
     """
     check_is_config(config)
     return MiniLLM(cudnn.resolve(config.resolve(jax.default_backend())))
+
+
+def in_float32(
+    model: MiniLLM, params: Mapping[str, Any], **changes: Any
+) -> tuple[MiniLLM, dict[str, Any]]:
+    """The same model and parameters in float32, with `changes` of the config.
+
+    By the kernels of attention that every backend has: what others are compared with.
+    """
+    floats = dict.fromkeys(("dtype", "param_dtype", "cache_dtype"), "float32")
+    kernels = dict.fromkeys(("attention", "decode_attention"), "xla")
+    config = model.config.replace(**floats, **kernels, **changes)
+    return MiniLLM(config), jax.tree.map(lambda x: x.astype(jnp.float32), dict(params))
 
 
 def param_shapes(model: MiniLLM) -> dict[str, Any]:

@@ -33,7 +33,7 @@ class Facts:
     devices: int  # how many
     nvidia_driver: bool  # whether there is one
     available_bytes: int
-    memory_fraction: str | None  # XLA_CLIENT_MEM_FRACTION
+    memory_fraction: str | None  # that JAX may take, where it was told
     bandwidth: float  # bytes per second
     known_bandwidth: float | None  # what the maker says
     cache_dtype: str  # of this platform

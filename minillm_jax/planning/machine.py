@@ -52,12 +52,16 @@ def this_device() -> devices.Device:
 
 def _fraction(platform: str) -> float:
     """What JAX takes of the memory, as far as it can be told."""
-    usual = devices.FRACTIONS.get(platform, 1.0)
-    names = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
-    told = next((os.environ[name] for name in names if name in os.environ), "")
+    usual, told = devices.FRACTIONS.get(platform, 1.0), told_fraction() or ""
     if platform != "gpu" or not re.fullmatch(r"\d*\.?\d+", told):
         return usual
     return min(float(told), 1.0) or usual
+
+
+def told_fraction() -> str | None:
+    """What the environment says that JAX may take of a GPU's memory, if it does."""
+    names = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+    return next((os.environ[name] for name in names if name in os.environ), None)
 
 
 def device_name(device: Any) -> str:

@@ -36,6 +36,17 @@ _log = logging.getLogger(__name__)
 CONFIG, DATA, MODEL = "config.json", "data", "model"
 
 
+def trained_model(folder: str | os.PathLike[str]) -> pathlib.Path:
+    """The folder of a run's model; raises DataError where there is none yet."""
+    model = pathlib.Path(folder) / MODEL
+    if not model.is_dir():
+        raise DataError(
+            f"{folder}: has no model yet; cli.train writes it when a run ends or is "
+            "stopped"
+        )
+    return model
+
+
 def begin(
     folder: pathlib.Path,
     config: ModelConfig,

@@ -1,6 +1,7 @@
 """The chunked loss against the plain one, packed rows against separate documents."""
 
 import functools
+import re
 
 import chex
 import jax
@@ -50,16 +51,36 @@ def test_the_loss_in_chunks_is_the_loss(model, params, monkeypatch, chunk, lengt
     np.testing.assert_allclose(total, wanted, rtol=1e-5)
 
 
-def test_its_gradient_is_that_of_the_plain_loss(model, params, monkeypatch):
+@pytest.mark.parametrize("tied", [False, True])
+def test_its_gradient_is_that_of_the_plain_loss(monkeypatch, tied):
+    model = mj.create_model(tiny_config(tie_embeddings=tied, logits_softcap=5.0))
+    params = mj.init_params(model, seed=1)
     monkeypatch.setattr(loss, "LOGITS_BYTES", 4 * 2 * model.config.vocab_size * 4)
     tokens = tokens_of(model, 2, 10)
 
     def gradient(total):
-        return jax.jit(jax.grad(total))(params)
+        return jax.jit(jax.grad(lambda p: 3.0 * total(p)))(params)
 
     grads = gradient(lambda p: loss.next_token_loss(model, p, tokens)[0])
     wanted = gradient(lambda p: jnp.sum(plain_losses(model, p, tokens)))
-    chex.assert_trees_all_close(grads, wanted, atol=2e-5)
+    chex.assert_trees_all_close(grads, wanted, atol=6e-5)
+
+
+def test_its_gradient_computes_logits_once(model, params):
+    """The products with the vocabulary: logits, and the gradients of both factors."""
+    tokens = tokens_of(model, 2, 10)
+
+    def total(params):
+        return loss.next_token_loss(model, params, tokens)[0]
+
+    text = jax.jit(jax.grad(total)).lower(params).as_text()
+    vocab = re.compile(rf"\b{model.config.vocab_size}\b|x{model.config.vocab_size}x")
+    products = [
+        line
+        for line in text.splitlines()
+        if "dot_general" in line and vocab.search(line.split(" : ")[-1])
+    ]
+    assert len(products) == 3
 
 
 @pytest.mark.parametrize("block", [128, 4], ids=["whole", "blocks"])

