@@ -5,8 +5,8 @@
 
 Each rung is the one before it with one thing changed. Those between the first and the
 last are written here, as plain functions of arrays, so that the difference is in sight;
-all decode the same tokens, in turn. Prints a table, then one JSON object as the last
-line.
+they decode the same tokens from the same weights. All take their turns. Prints a table,
+then one JSON object as the last line.
 """
 
 import functools
@@ -43,6 +43,11 @@ class Rung(NamedTuple):
     chunked: bool = False  # STEPS steps in a call, else one
 
 
+# Fields of a config that the rungs in between know nothing of.
+_UNKNOWN = (
+    *("sliding_window", "rope_scaling", "attention_softcap", "logits_softcap"),
+    *("tie_embeddings", "qkv_bias", "qk_norm", "post_norms", "norm_unit_offset"),
+)
 RUNGS = {
     "a cache, layers scanned": Rung(),
     "+ donated": Rung(donated=True),
@@ -255,6 +260,9 @@ def benchmark(config: ModelConfig) -> dict[str, Any]:
     rows, context = FLAGS.batch_size, FLAGS.context
     if context > config.max_seq_len:
         raise UserError(f"--context={context}: at most {config.max_seq_len}")
+    for name in _UNKNOWN:
+        if getattr(config, name):
+            raise UserError(f"config.model.{name}: the textbook's forms do not have it")
     plan = memory.plan_memory(config, rows, context + STEPS)
     if not plan.fits:
         raise UserError(plan.refusal())

@@ -13,6 +13,7 @@ what there is so far, and exit code 130.
 """
 
 import json
+import os
 import pathlib
 import sys
 from typing import Any
@@ -22,7 +23,7 @@ from absl import flags
 from minillm_jax.cli import app, chat, config_files, model_folder, reply, request
 from minillm_jax.cli.app import UserError
 from minillm_jax.config import ModelConfig
-from minillm_jax.decoding import generator, requests
+from minillm_jax.decoding import generator, prompt_cache, requests
 from minillm_jax.decoding.sampling import SamplingParams
 from minillm_jax.model import cache as kv
 from minillm_jax.model import transformer
@@ -48,6 +49,11 @@ def define_flags() -> None:
     flags.DEFINE_string(
         *("prompt_cache", None),
         "Keep the prompt's cache in this file, and prefill only what is not in it.",
+    )
+    flags.DEFINE_integer(
+        *("prompt_cache_bytes", prompt_cache.BUDGET_BYTES),
+        "Of the caches in it at most; those used last stay.",
+        lower_bound=0,
     )
     flags.DEFINE_bool("chat", False, "Talk: a line is a message, its answer follows.")
     flags.DEFINE_string("system", None, "The system message of a chat.")
@@ -109,7 +115,8 @@ def planned(config: ModelConfig, policy: kv.CachePolicy, tokens: int) -> MemoryP
     """The plan of a row of so many tokens, in a cache as the Generator allocates it."""
     device = memory.find_device("this")
     config = config.resolve(device.platform)
-    work = Workload(config=config, batch_size=1, context=tokens, policy=policy)
+    rows = 1 if FLAGS.prompt_cache is None else 2  # what is kept of the prompt
+    work = Workload(config=config, batch_size=rows, context=tokens, policy=policy)
     return memory.plan(work, device)
 
 
@@ -125,6 +132,8 @@ def _tokenizer(folder: pathlib.Path | None) -> chat.ChatTokenizer:
 
 def main(config: Any) -> None:
     """Generates, or chats."""
+    if FLAGS.prompt_cache is not None:
+        _check_place(pathlib.Path(FLAGS.prompt_cache))
     sampling = request.sampling_params()
     tokenizer = _tokenizer(model_folder.folder(config))
     model_config = config_files.model_config(config)
@@ -148,8 +157,10 @@ def main(config: Any) -> None:
 
     model = transformer.create_model(model_config)
     params = model_folder.params(config, model)
-    policy = {"overflow": FLAGS.overflow, "num_sinks": FLAGS.num_sinks}
-    made = generator.Generator(model, params, tokenizer, **policy)
+    made = generator.Generator(
+        *(model, params, tokenizer, FLAGS.overflow, FLAGS.num_sinks),
+        prompt_cache_bytes=FLAGS.prompt_cache_bytes,
+    )
     if FLAGS.prompt_cache is not None:
         _use_prompt_cache(made, prompt)
     if FLAGS.chat:
@@ -163,6 +174,16 @@ def main(config: Any) -> None:
         print(answer.summary(), file=sys.stderr)
     if answer.interrupted:
         raise KeyboardInterrupt
+
+
+def _check_place(path: pathlib.Path) -> None:
+    """Raises UserError where the file of --prompt_cache can never be."""
+    if path.is_dir() or not path.parent.is_dir():
+        raise UserError(
+            f"--prompt_cache={path}: must be a file in a folder that is there"
+        )
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"--prompt_cache={path}: its folder cannot be written to")
 
 
 def _use_prompt_cache(made: generator.Generator, prompt: list[int]) -> None:

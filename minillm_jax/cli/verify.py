@@ -96,9 +96,7 @@ def _result(
 ) -> dict[str, Any]:
     device = machine.this_device()
     return {
-        "verify": [
-            dataclasses.asdict(line) | {"passed": line.passed} for line in found
-        ],
+        "verify": [_finite(line) for line in found],
         "passed": all(line.passed is not False for line in found),
         "tokens": count,
         "seconds": seconds,
@@ -106,6 +104,13 @@ def _result(
         "device": device.name,
         "versions": machine.versions(),
     }
+
+
+def _finite(line: Line) -> dict[str, Any]:
+    """A line as JSON, which knows neither NaN nor infinity: they are null."""
+    values = dataclasses.asdict(line) | {"passed": line.passed}
+    unknown = {n for n, v in values.items() if isinstance(v, float) and v - v != 0}
+    return values | dict.fromkeys(unknown)
 
 
 def _show(result: dict[str, Any], found: list[Line]) -> None:

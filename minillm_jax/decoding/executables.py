@@ -154,7 +154,7 @@ class Executables:
             found += [at("prefill", size=size) for size in sizes]
             for kind in (False, True):
                 found += [at("decode", size=n, sampling=kind) for n in self._steps]
-            found += [at("copy_rows", size=n) for n in sorted({*kept}) if n <= capacity]
+            found += [at("copy_rows", size=n) for n in sorted({*kept})]
         return found
 
     def compile(self, key: Key) -> float:

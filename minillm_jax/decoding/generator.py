@@ -209,14 +209,14 @@ class Generator:
                 f"prompt has {len(tokens)} tokens, but max_kv_cache_len={longest}; "
                 "only what fits without a ring can be kept"
             )
-        best = self._prompts.best([*tokens, -1])  # its last token may be among them
-        if best is not None and best[1] == len(tokens):
+        best = self._prompts.best(tokens, whole=True)
+        kept, held = best or (None, 0)
+        if held == len(tokens):
             return 0
         capacity = smallest_holding(run.capacities, len(tokens))
-        slots = kv.num_slots(config, capacity, self.policy)
-        self._prompts.check(costs.cache_bytes(config, 1, slots))
+        size, what = self._kept_bytes(capacity), "the cache of this prompt"
+        self._prompts.make_room(size, what, but=kept)
         cache = run(Key("init_cache", 1, capacity))
-        held = 0 if best is None else best[1]
         if best is not None:
             cache = prompt_cache.copied(run, capacity, cache, best, np.ones(1, bool))
         _, cache = run.prefill(cache, capacity, [tokens[held:]])
@@ -252,7 +252,7 @@ class Generator:
             other weights or another tokenizer; nothing of it is kept.
         """
         config, run = self.model.config, self._executables
-        loaded = []
+        on_host, size = [], 0
         for arrays in prompt_cache.read(path, self._origin):
             tokens = tuple(arrays["tokens"].tolist())
             capacity = smallest_holding(run.capacities, len(tokens))
@@ -262,12 +262,19 @@ class Generator:
                     f"max_kv_cache_len={config.max_kv_cache_len}"
                 )
             shapes = kv.cache_shapes(config, 1, capacity, policy=self.policy)
-            cache = run.put(prompt_cache.filled(arrays, shapes))
-            loaded.append(prompt_cache.Kept(tokens, cache, capacity))
-        self._prompts.check(sum(kept.nbytes for kept in loaded))
-        for kept in loaded:
-            self._prompts.keep(kept)
-        return len(loaded)
+            on_host.append(
+                (tokens, prompt_cache.filled(arrays, shapes, path), capacity)
+            )
+            size += self._kept_bytes(capacity)
+        self._prompts.make_room(size, f"{path}: what it holds")
+        for tokens, cache, capacity in on_host:
+            self._prompts.keep(prompt_cache.Kept(tokens, run.put(cache), capacity))
+        return len(on_host)
+
+    def _kept_bytes(self, capacity: int) -> int:
+        """Of a kept prompt's cache."""
+        slots = kv.num_slots(self.model.config, capacity, self.policy)
+        return costs.cache_bytes(self.model.config, 1, slots)
 
     @property
     def compilations(self) -> dict[str, int]:

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import pathlib
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -30,7 +31,8 @@ from minillm_jax.model import rope
 
 FORMAT = "minillm_jax prompt cache, version 1"
 BUDGET_BYTES = 2**30
-# Of a config, what a cache's content does not depend on.
+# Of a config, what a cache's content does not depend on. (On prefill_chunk, which
+# follows from max_seq_len where it is not given, the slots of a window do.)
 _FREE = ("max_seq_len", "max_kv_cache_len", "eos_token_ids", "remat")
 
 
@@ -43,13 +45,14 @@ class Kept:
     """A prompt and its cache."""
 
     tokens: tuple[int, ...]
-    cache: Mapping[str, Any]  # of one row, no ring of which has wrapped
+    cache: Mapping[str, Any]  # of one row, not rewound since a leaf of it has wrapped
     capacity: int  # tokens that it was made for
 
     @property
     def nbytes(self) -> int:
-        """Of its arrays."""
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(dict(self.cache)))
+        """Of its keys and values."""
+        leaves = jax.tree.leaves(dict(self.cache))
+        return sum(leaf.nbytes for leaf in leaves if leaf.ndim > 1)
 
 
 class PromptCache:
@@ -73,32 +76,49 @@ class PromptCache:
         """Of all that are kept."""
         return sum(kept.nbytes for kept in self._kept)
 
-    def check(self, nbytes: int) -> None:
-        """Raises PromptCacheError where one so large could not be kept."""
+    def make_room(self, nbytes: int, what: str, *, but: Kept | None = None) -> None:
+        """Gives up the idlest where so many bytes more are too much.
+
+        Args:
+          nbytes: of what is about to be kept.
+          what: it is, in a message.
+          but: one that is not given up yet.
+
+        Raises:
+          PromptCacheError: where they alone are too much; then nothing is given up.
+        """
         if nbytes > self.budget_bytes:
             raise PromptCacheError(
-                f"the cache of this prompt takes {nbytes} bytes, but prompt_cache_bytes"
-                f"={self.budget_bytes}; write {nbytes}, or shorten the prompt"
+                f"{what} takes {nbytes} bytes, but prompt_cache_bytes="
+                f"{self.budget_bytes}; write {nbytes}, or keep less"
             )
+        idlest = [kept for kept in self._kept if kept is not but]
+        while idlest and self.nbytes + nbytes > self.budget_bytes:
+            self._kept.remove(idlest.pop(0))
 
     def keep(self, kept: Kept) -> None:
-        """Takes one in, and gives up the idlest that there is no room for."""
-        self.check(kept.nbytes)
-        self._kept = [other for other in self._kept if other.tokens != kept.tokens]
-        while self._kept and self.nbytes + kept.nbytes > self.budget_bytes:
-            self._kept.pop(0)
+        """Takes one in, in the place of those that it serves as well."""
+        self._kept = [
+            other
+            for other in self._kept
+            if self._common(kept, other.tokens, True) < len(other.tokens)
+        ]
+        self.make_room(kept.nbytes, "the cache of this prompt")
         self._kept.append(kept)
 
     def clear(self) -> None:
         """Gives up all."""
         self._kept.clear()
 
-    def best(self, prompt: Sequence[int]) -> tuple[Kept, int] | None:
+    def best(
+        self, prompt: Sequence[int], *, whole: bool = False
+    ) -> tuple[Kept, int] | None:
         """The kept cache that begins with the most of a prompt, and how many tokens.
 
-        The prompt's last token is never among them: its logits are needed.
+        The prompt's last token is not among them, for its logits are needed; with
+        `whole`, for a prompt that is only to be kept, it may be.
         """
-        found = [(self._common(kept, prompt), kept) for kept in self._kept]
+        found = [(self._common(kept, prompt, whole), kept) for kept in self._kept]
         common, kept = max(found, key=lambda pair: pair[0], default=(0, None))
         if kept is None or common == 0:
             return None
@@ -106,11 +126,15 @@ class PromptCache:
         self._kept.append(kept)
         return kept, common
 
-    def _common(self, kept: Kept, prompt: Sequence[int]) -> int:
+    def _common(self, kept: Kept, prompt: Sequence[int], whole: bool) -> int:
         """Tokens of the prompt that a kept cache can be used for."""
-        common = common_prefix(kept.tokens, prompt[:-1])
+        common = common_prefix(kept.tokens, prompt if whole else prompt[:-1])
         config, held = self._config, len(kept.tokens)
-        usable = kv.can_rewind(config, kept.cache, self._policy, held, common)
+        leaves = config, kept.cache, self._policy
+        if whole:  # what is kept has not been rewound where that left a trace
+            usable = common == held or not kv.has_wrapped(*leaves, held)
+        else:
+            usable = kv.can_rewind(*leaves, held, common)
         usable &= rope.same_turns(config, held, len(prompt), exactly=True)
         return common if usable else 0
 
@@ -156,22 +180,25 @@ class Origin:
 
     def check(self, metadata: Mapping[str, str], file: pathlib.Path) -> None:
         """Raises PromptCacheError where a file was made with something else."""
-        if metadata.get("format") != FORMAT:
-            raise PromptCacheError(f"{file}: is not a {FORMAT}")
         for part, mine in self.fingerprints.items():
             if metadata.get(part) == mine:
                 continue
-            detail = ""
-            if part == "config":
+            which, detail = "another " + part, ""
+            if part == "weights":
+                which = "other weights"
+            elif part == "config":
                 detail = _differences(metadata.get(part, "{}"), self._config)
             raise PromptCacheError(
-                f"{file}: was made with another {part}{detail}; make it anew with "
-                "remember and save_cache"
+                f"{file}: was made with {which}{detail}; it must be made anew"
             )
 
 
 def write(path: str | os.PathLike[str], kept: Sequence[Kept], origin: Origin) -> None:
-    """Writes caches to a file, which replaces one of that name when it is whole."""
+    """Writes caches to a file, which replaces one of that name when it is whole.
+
+    Raises:
+      PromptCacheError: where it cannot be written; what was there is there still.
+    """
     path = pathlib.Path(path)
     arrays: dict[str, np.ndarray] = {}
     for index, one in enumerate(kept):
@@ -180,17 +207,19 @@ def write(path: str | os.PathLike[str], kept: Sequence[Kept], origin: Origin) ->
             for name, leaf in one.cache[f"layers_{layer}"]["attention"].items():
                 used = np.asarray(leaf)[:, : min(leaf.shape[-2], len(one.tokens))]
                 arrays[f"{index}.layers_{layer}.{name}"] = np.ascontiguousarray(used)
-    metadata = {
-        "format": FORMAT,
-        **origin.fingerprints,
-        "sha256": _arrays_sha256(arrays),
-    }
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    metadata = {"format": FORMAT, **origin.fingerprints}
+    metadata["sha256"] = _file_sha256(arrays, metadata)
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
+        beside.touch()
+        mode = beside.stat().st_mode  # safetensors makes another file, private to us
         safetensors.numpy.save_file(arrays, beside, metadata=metadata)
+        beside.chmod(mode)
         with beside.open("rb") as file:
             os.fsync(file.fileno())
         beside.replace(path)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise PromptCacheError(f"{path}: cannot be written: {error}") from None
     finally:
         beside.unlink(missing_ok=True)
 
@@ -205,38 +234,61 @@ def read(path: str | os.PathLike[str], origin: Origin) -> list[dict[str, np.ndar
     try:
         with safetensors.safe_open(path, framework="numpy") as opened:
             metadata = opened.metadata() or {}
-            origin.check(metadata, path)
             names = opened.keys()
             arrays = {name: opened.get_tensor(name) for name in names}
     except (safetensors.SafetensorError, OSError) as error:
         raise PromptCacheError(f"{path}: cannot be read: {error}") from None
-    if _arrays_sha256(arrays) != metadata.get("sha256"):
+    if metadata.get("format") != FORMAT:
+        raise PromptCacheError(f"{path}: is not a {FORMAT}")
+    if _file_sha256(arrays, metadata) != metadata.get("sha256"):
         raise PromptCacheError(f"{path}: is damaged: its SHA-256 is not what it says")
+    origin.check(metadata, path)
     prompts: dict[str, dict[str, np.ndarray]] = {}
     for name, array in arrays.items():
-        index, rest = name.split(".", 1)
+        index, _, rest = name.partition(".")
         prompts.setdefault(index, {})[rest] = array
-    return [prompts[index] for index in sorted(prompts, key=int)]
+    for index, prompt in prompts.items():
+        tokens = prompt.get("tokens", np.zeros(0))
+        if tokens.dtype != np.int32 or tokens.ndim != 1 or not tokens.size:
+            raise PromptCacheError(f"{path}: prompt {index!r} has no tokens")
+    return list(prompts.values())
 
 
 def filled(
-    arrays: Mapping[str, np.ndarray], empty: Mapping[str, Any]
+    arrays: Mapping[str, np.ndarray], empty: Mapping[str, Any], path: Any
 ) -> dict[str, Any]:
-    """A file's arrays as a cache of the shapes of `empty`, in host memory."""
-    cache: dict[str, Any] = {"lengths": np.array([len(arrays["tokens"])], np.int32)}
+    """A file's arrays as a cache of the shapes of `empty`, in host memory.
+
+    Raises:
+      PromptCacheError: where they are not those of such a cache.
+    """
+    count, found = len(arrays["tokens"]), {"tokens"}
+    cache: dict[str, Any] = {"lengths": np.array([count], np.int32)}
     for layer in range(len(empty) - 1):
         leaves = {}
         for name, shape in empty[f"layers_{layer}"]["attention"].items():
-            leaf = np.zeros(shape.shape, shape.dtype)
-            part = arrays[f"layers_{layer}.{name}"]
-            leaf[:, : part.shape[1]] = part
+            leaf, part = np.zeros(shape.shape, shape.dtype), f"layers_{layer}.{name}"
+            used = leaf[:, : min(shape.shape[-2], count)]
+            given = arrays.get(part, np.zeros(0))
+            if given.shape != used.shape or given.dtype != used.dtype:
+                raise PromptCacheError(
+                    f"{path}: {part} is {given.dtype} {list(given.shape)}, and not "
+                    f"{used.dtype} {list(used.shape)}"
+                )
+            used[...] = given
             leaves[name] = leaf
+            found.add(part)
         cache[f"layers_{layer}"] = {"attention": leaves}
+    if unknown := sorted(arrays.keys() - found):
+        raise PromptCacheError(f"{path}: has {unknown[0]}, which the model has not")
     return cache
 
 
-def _arrays_sha256(arrays: Mapping[str, np.ndarray]) -> str:
-    return _sha256(sorted(arrays.items()))
+def _file_sha256(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str:
+    """Of arrays and metadata, but for what says this."""
+    said = {name: text for name, text in metadata.items() if name != "sha256"}
+    text = np.frombuffer(json.dumps(said, sort_keys=True).encode(), np.uint8)
+    return _sha256([("metadata", text), *sorted(arrays.items())])
 
 
 def _sha256(named: Iterable[tuple[str, Any]]) -> str:
@@ -258,7 +310,7 @@ def _tokenizer_name(tokenizer: Any) -> str:
 
 
 def _differences(theirs: str, mine: Mapping[str, Any]) -> str:
-    had, have = json.loads(theirs), json.loads(json.dumps(mine))
+    had, have = json.loads(theirs), json.loads(json.dumps(mine))  # as it was written
     names = sorted(n for n in had.keys() | have.keys() if had.get(n) != have.get(n))
     shown = [f"{n}={had.get(n)!r} and not {have.get(n)!r}" for n in names[:3]]
     return f" ({', '.join(shown)})"

@@ -44,6 +44,7 @@ class Session:
         self._owner: Executables | None = None
         self._borrower: object = None  # the call that has the cache now
         self._tokens: list[int] = []  # of the last prompt and its completion
+        self._reached = 0  # most tokens that the cache has held since it was empty
         self._cache: dict[str, Any] | None = None
         self._capacity = 0
 
@@ -72,14 +73,18 @@ class Session:
         """
         self._borrower = borrower
         if self._cache is None or self._owner is None:
+            self._reached = 0
             return None
         cache, self._cache = self._cache, None
         held = int(np.asarray(cache["lengths"])[0])
         common = min(prompt_cache.common_prefix(self._tokens, prompt[:-1]), held)
         run, config = self._owner, self._owner.model.config
-        rewinds = kv.can_rewind(config, cache, run.policy, held, common)
+        self._reached = max(self._reached, held)
+        rewinds = kv.can_rewind(config, cache, run.policy, self._reached, common)
         if not rewinds or not rope.same_turns(config, held, len(prompt)):
             common = 0
+        if common == 0:
+            self._reached = 0
         cache = cache | {"lengths": run.put(np.array([common], np.int32))}
         return cache, self._capacity, common
 
@@ -91,10 +96,15 @@ class Session:
         cache: dict[str, Any],
         capacity: int,
         tokens: list[int],
+        reached: int,
     ) -> None:
-        """Takes the cache of a call that has ended, unless a later one has begun."""
+        """Takes the cache of a call that has ended, unless a later one has begun.
+
+        `reached` is what the cache had held before it was the call's.
+        """
         if self._borrower is borrower:
             self._borrower = None
+            self._reached = max(self._reached, reached)
             self._owner, self._tokens = owner, tokens
             self._cache, self._capacity = cache, capacity
 
@@ -160,6 +170,7 @@ class Loop:
         self._until: list[int] = []  # each row's tokens at the end of this part
         self._before: list[int] = []  # and at its beginning
         self._enqueued = 0  # decode steps of this part
+        self._copied = 0  # tokens of the longest kept prompt that rows began as
         self._cache: Any = None
         self._state: Any = None
         # False while cache, capacity and lengths change: interrupted there, by Ctrl-C
@@ -194,6 +205,7 @@ class Loop:
                     cache=self._cache,
                     capacity=self._capacity,
                     tokens=self._rows[0].request.prompt + self._rows[0].tokens,
+                    reached=self._copied,
                 )
             self._cache = self._state = None
 
@@ -272,7 +284,7 @@ class Loop:
         if taken is not None:
             self._cache, self._capacity, held = taken
             self._grow(needed)
-            return [held]
+            return [held] if held else self._copy_prompts(nothing)
         self._capacity = smallest_holding(self._executables.capacities, needed)
         self._cache = self._executables(self._key("init_cache"))
         return self._copy_prompts(nothing)
@@ -284,6 +296,7 @@ class Loop:
             if (best := self._prompts.best(row.request.prompt)) is not None:
                 found.setdefault(best, []).append(row.index)
         for best, rows in found.items():
+            self._copied = max(self._copied, len(best[0].tokens))
             chosen = np.isin(np.arange(len(held)), rows)
             self._cache = prompt_cache.copied(
                 *(self._executables, self._capacity, self._cache, best, chosen)

@@ -6,7 +6,7 @@ of that is normal depends on the dtype, and is the line's budget.
 
     cached / uncached          prefill and decode steps; one forward without a cache
     chunked / one piece        a prompt in small prefill chunks; in one
-    padded / alone             a prompt padded beyond the end of its cache; as it is
+    padded / alone             a chunk padded beyond the end of its cache; as it is
     batch / solo               three rows of three lengths; each by itself
     ring / window              a ring, three times around; a sliding-window forward
     Generator / uncached       tokens that it chose, beside the likeliest ones
@@ -41,7 +41,7 @@ _NAMES = (
     *("cached / uncached", "chunked / one piece", "padded / alone", "batch / solo"),
     *("ring / window", "Generator / uncached"),
 )
-_TURNS = 4  # windows that the ring's tokens fill: it is three times around
+_TURNS = 6  # windows of the ring that the tokens fill: it wraps three times
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +95,7 @@ def compared(name: str, ours: Any, other: Any, budget: Budget) -> Line:
         budget=budget,
         difference=float(np.abs(ours - other).max()),
         largest=float(np.abs(other).max()),
-        divergence=max(0.0, float(divergence.mean())),
+        divergence=float(np.maximum(0.0, divergence.mean())),
         agreement=float(np.mean(ours.argmax(-1) == other.argmax(-1))),
     )
 
@@ -111,9 +111,13 @@ def lines(model: MiniLLM, params: Params, tokens: Sequence[int]) -> Iterator[Lin
     """
     check = _Check(model, params, np.asarray(tokens, np.int32))
     assert SHORTEST <= len(tokens) <= longest(model.config)
+    # float32 means float32: GPUs and TPUs round its products where nobody asks.
+    precision = "highest" if model.config.dtype == "float32" else None
     for name, compare in check.comparisons().items():
         reason = check.unavailable(name)
-        yield compare(name) if reason is None else Line(name, skipped=reason)
+        with jax.default_matmul_precision(precision):  # left before the yield
+            line = compare(name) if reason is None else Line(name, skipped=reason)
+        yield line
 
 
 def names(config: ModelConfig) -> tuple[str, ...]:
@@ -139,9 +143,10 @@ class _Check:
     def __init__(self, model: MiniLLM, params: Params, tokens: np.ndarray):
         self._model, self._params, self._tokens = model, params, tokens
         self._prompt = max(1, 2 * len(tokens) // 3)
-        self._budget = BUDGETS[model.config.dtype]
-        pieces = min(self._prompt, model.config.prefill_chunk)
-        self._whole = self._with(prefill_chunk=pieces)
+        dtypes = (model.config.dtype, model.config.cache_dtype)
+        budgets = [BUDGETS[dtype] for dtype in dtypes]
+        self._budget = max(budgets, key=lambda budget: budget.difference)
+        self._whole = self._with(prefill_chunk=self._prompt)
 
     def comparisons(self) -> dict[str, Callable[[str], Line]]:
         """By name, in the order of the table."""
@@ -175,12 +180,22 @@ class _Check:
         return compared(name, ours, other, self._budget)
 
     def _padded(self, name: str) -> Line:
-        """The prompt's padding would pass the end of a cache as long as the tokens."""
-        prompts, count = [self._tokens[: self._prompt]], len(self._tokens)
-        ours, other = (
-            _steps(self._whole, self._params, prompts, self._rest, padding, count)
-            for padding in (count, 0)
-        )
+        """The padding would pass the end of a cache that is as long as the tokens."""
+        count, half = len(self._tokens), self._prompt // 2
+        model, params = self._with(prefill_chunk=count), self._params
+        found = []
+        for width in (count, self._prompt - half):  # with padding, and without
+            cache = kv.init_cache(model.config, 1, count)
+            first, rest = self._tokens[None, :half], self._tokens[half : self._prompt]
+            logits, cache = decode.prefill(model, params, cache, first)
+            chunk = np.ones((1, width), np.int32)
+            chunk[0, : len(rest)] = rest
+            remaining = np.array([len(rest)], np.int32)
+            logits, cache = decode.prefill_chunk(
+                model, params, cache, logits, chunk, remaining
+            )
+            found.append(_behind(model, params, logits, cache, self._rest))
+        ours, other = found
         return compared(name, ours, other, self._budget)
 
     def _batch(self, name: str) -> Line:
@@ -278,7 +293,6 @@ def _steps(
     params: Params,
     prompts: Sequence[np.ndarray],
     rest: np.ndarray,
-    padding: int = 0,
     capacity: int | None = None,
     *,
     policy: kv.CachePolicy = kv.CachePolicy(),
@@ -290,18 +304,29 @@ def _steps(
       params: the inner tree.
       prompts: one for each row.
       rest: `[B, N]`, a decode step for each column.
-      padding: tokens of nothing behind the prompts.
       capacity: of the cache; None = what the longest row needs.
       policy: of the cache.
     """
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     if capacity is None:
         capacity = int(lengths.max()) + rest.shape[1]
-    tokens = np.ones((len(prompts), lengths.max() + padding), np.int32)
+    tokens = np.ones((len(prompts), lengths.max()), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
     cache = kv.init_cache(model.config, len(prompts), capacity, policy=policy)
     logits, cache = decode.prefill(model, params, cache, tokens, lengths, policy=policy)
+    return _behind(model, params, logits, cache, rest, policy)
+
+
+def _behind(
+    model: MiniLLM,
+    params: Params,
+    logits: jax.Array,
+    cache: kv.Cache,
+    rest: np.ndarray,
+    policy: kv.CachePolicy = kv.CachePolicy(),
+) -> np.ndarray:
+    """Prompts' logits, and those after each token behind them: `[B, N + 1, V]`."""
     found = [logits]
     for column in rest.T:
         logits, cache = decode.decode_step(model, params, cache, column, policy=policy)

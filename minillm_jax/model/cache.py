@@ -313,17 +313,26 @@ def slot_positions(
 
 
 def can_rewind(
-    config: ModelConfig, cache: Cache, policy: CachePolicy, held: int, to: int
+    config: ModelConfig, cache: Cache, policy: CachePolicy, reached: int, to: int
 ) -> bool:
-    """Whether rows of `held` tokens can go on from their first `to`.
+    """Whether rows can go on from their first `to` tokens, by setting `lengths` alone.
 
-    By setting `lengths` alone. In a ring newer tokens have overwritten older ones; its
-    spare slots let `prefill_chunk` tokens be taken back, and any before the first wrap.
+    In a ring newer tokens have overwritten older ones; its spare slots let
+    `prefill_chunk` tokens be taken back, and any before the first wrap. `reached` is
+    the most tokens that a row has held since it was empty: those of a rewind before
+    may still be in its slots.
     """
-    if held - to <= config.prefill_chunk:
+    if reached - to <= config.prefill_chunk:
         return True
+    return not has_wrapped(config, cache, policy, reached)
+
+
+def has_wrapped(
+    config: ModelConfig, cache: Cache, policy: CachePolicy, reached: int
+) -> bool:
+    """Whether a leaf of rows that have held `reached` tokens gave up some of them."""
     rules = _rules(config, cache, policy)
-    return all(not rule.wraps or held <= slots for slots, rule in rules)
+    return any(rule.wraps and reached > slots for slots, rule in rules)
 
 
 def insert(cache: Cache, row: int | Int[Array, ""], source: Cache) -> dict[str, Any]:
@@ -353,14 +362,16 @@ def copy_rows(
 ) -> dict[str, Any]:
     """`cache` with the chosen rows as the first `length` tokens of `source`'s only row.
 
-    `source` may have fewer slots, in leaves that have not wrapped, and holds `length`
-    tokens or more. Jittable.
+    `source` holds `length` tokens or more, and could be rewound to them. It may have
+    fewer slots, in leaves that have not wrapped, or more than `cache`, which has room
+    for `length` tokens. Jittable.
     """
 
     def copied(leaf, new):
         if leaf.ndim == 1:
             return jnp.where(rows, length, leaf)
-        new = padded(new, leaf.shape[-2])
+        slots = leaf.shape[-2]
+        new = padded(new[..., :slots, :], slots)
         if leaf.ndim == 3:  # a single row's, without a batch axis
             return jnp.where(rows[0], new, leaf)
         return jnp.where(rows[:, None, None, None], new[None], leaf)

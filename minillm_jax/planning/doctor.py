@@ -34,16 +34,16 @@ class Facts:
     nvidia_driver: bool  # whether there is one
     available_bytes: int
     memory_fraction: str | None  # that JAX may take, where it was told
-    bandwidth: float  # bytes per second
+    bandwidth: float | None  # bytes per second; None where there was no room to measure
     known_bandwidth: float | None  # what the maker says
     cache_dtype: str  # of this platform
-    write_ratio: float  # seconds of a write to 32768 slots over one to 2048
+    write_ratio: float | None  # seconds of a write to 32768 slots over one to 2048
     compilation_cache: str | None  # its folder
 
 
 def findings(facts: Facts) -> Iterator[Finding]:
     """All of them, the good ones too."""
-    yield from _versions(facts)
+    yield from _versions(facts.versions, facts.platform)
     yield _device(facts)
     yield _memory(facts)
     yield _bandwidth(facts)
@@ -51,11 +51,20 @@ def findings(facts: Facts) -> Iterator[Finding]:
     yield _compilations(facts)
 
 
-def _versions(facts: Facts) -> Iterator[Finding]:
-    python, jax, jaxlib = (
-        _numbers(facts.versions.get(name, "")) for name in ("python", "jax", "jaxlib")
+def without_device(versions: Mapping[str, str], error: str) -> Iterator[Finding]:
+    """Those of an installation in which JAX finds no device, for the reason given."""
+    yield from _versions(versions, "")
+    advice = (
+        "JAX_PLATFORMS=cpu goes without; for a GPU see JAX's page on installation: "
+        "its driver, and the extra cuda13 or cuda12"
     )
-    shown = facts.versions
+    yield Finding("device", f"none: {error}", BAD, advice)
+
+
+def _versions(shown: Mapping[str, str], platform: str) -> Iterator[Finding]:
+    python, jax, jaxlib, flax = (
+        _numbers(shown.get(name, "")) for name in ("python", "jax", "jaxlib", "flax")
+    )
     yield (
         Finding("python", shown["python"])
         if python >= (3, 11)
@@ -67,7 +76,7 @@ def _versions(facts: Facts) -> Iterator[Finding]:
     elif jax[:3] == (0, 11, 1):
         advice = "not supported, and excluded by our requirements: pip install -U jax"
         yield Finding("jax", shown["jax"], BAD, advice)
-    elif jax[:2] < (0, 12) and facts.platform == "cpu":
+    elif jax[:2] < (0, 12) and platform == "cpu":
         advice = (
             "on CPU a bfloat16 cache costs its length at each token, and remat saves "
             "nothing, before 0.12; that needs Python 3.12"
@@ -80,7 +89,10 @@ def _versions(facts: Facts) -> Iterator[Finding]:
     else:
         advice = f"is not of jax {shown['jax']}: pip install -U jax jaxlib"
         yield Finding("jaxlib", shown["jaxlib"], BAD, advice)
-    yield Finding("flax", shown["flax"])
+    if flax:
+        yield Finding("flax", shown["flax"])
+    else:
+        yield Finding("flax", "not installed", BAD, "pip install -U flax")
 
 
 def _device(facts: Facts) -> Finding:
@@ -106,6 +118,9 @@ def _memory(facts: Facts) -> Finding:
 
 
 def _bandwidth(facts: Facts) -> Finding:
+    if facts.bandwidth is None:
+        advice = "too little memory is left to measure: is another process using it?"
+        return Finding("bandwidth", "unknown", NOTE, advice)
     found, known = f"{facts.bandwidth / 1e9:.3g} GB/s read", facts.known_bandwidth
     if known is None:
         return Finding("bandwidth", found)
@@ -117,8 +132,10 @@ def _bandwidth(facts: Facts) -> Finding:
 
 
 def _writes(facts: Facts) -> Finding:
-    found = f"{facts.write_ratio:.1f} times as long at 32768 slots as at 2048"
     name = f"cache writes ({facts.cache_dtype})"
+    if facts.write_ratio is None:
+        return Finding(name, "unknown", NOTE, "the same")
+    found = f"{facts.write_ratio:.1f} times as long at 32768 slots as at 2048"
     if facts.write_ratio <= SLOW_WRITE:
         return Finding(name, found)
     advice = "the cache is copied at each token: try another jax, or report it"

@@ -48,7 +48,8 @@ class Tokenizer(Protocol):
 
     Optional, as the two tokenizers here have them: `known_ids`, which limits what is
     sampled; `eos_token_ids`, which belong into `config.eos_token_ids`; `encode_chat`
-    and `chat_stop`, for conversations.
+    and `chat_stop`, for conversations; `fingerprint`, a text that no tokenizer of other
+    ids has: a prompt cache's file knows one without it by its class alone.
     """
 
     def encode(self, text: str) -> Sequence[int]:

@@ -109,6 +109,12 @@ MISTAKES = {
     ("--prompt=a", "--config.model.num_layers=4096", "--config.model.dim_ff=2000000"): (
         *("does not fit", "GB"),
     ),
+    ("--prompt=a", "--prompt_cache=TMP"): ("--prompt_cache", "must be a file"),
+    ("--prompt=a", "--prompt_cache=/nowhere/x"): ("/nowhere/x", "must be a file"),
+    ("--prompt=a", "--prompt_cache=TMP/prompt.txt"): ("prompt.txt", "cannot be read"),
+    ("--prompt=a", "--prompt_cache=TMP/x", "--prompt_cache_bytes=9"): (
+        *("prompt_cache_bytes=9", "write "),
+    ),
     ("stray", "--prompt=a"): ("stray arguments",),
     ("--chat", "--tokenizer=TMP"): ("no chat template",),
     (): ("prompt 0 is empty", "at least one token"),
@@ -401,3 +407,21 @@ def test_what_a_refusal_advises_can_be_given_and_fits(monkeypatch, overflow, gig
     assert config.max_kv_cache_len >= least
     tokens = min(9000, config.max_kv_cache_len)
     assert generate.planned(config, policy, tokens).fits
+
+
+def test_a_prompt_cache_file_changes_how_long_it_takes_alone(tmp_path):
+    """A run that makes it, one that uses it, a shorter prompt, another config."""
+    kept, prompt = f"--prompt_cache={tmp_path / 'kept'}", "Once upon a time " * 17
+
+    def tokens(*arguments):
+        done = run("--json", "--temperature=0", "--max_new_tokens=4", *arguments)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])["tokens"]
+
+    asked = (f"--prompt={prompt}", "--prompt=Once upon another")
+    without = [tokens(one) for one in asked]
+    assert [tokens(one, kept) for one in (asked[0], *asked)] == [without[0], *without]
+    done = run(*GREEDY, kept, "--config.model.rope_theta=500.0")
+    assert done.returncode == 2
+    assert b"another config (rope_theta=10000.0 and not 500.0)" in done.stderr
+    assert done.stderr.count(b"\n") == 1

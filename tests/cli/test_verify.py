@@ -1,9 +1,15 @@
 """`cli.verify` as a person uses it."""
 
 import json
+import math
 import pathlib
 import subprocess
 import sys
+
+import pytest
+
+import minillm_jax as mj
+from minillm_jax import testing
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = {
@@ -19,10 +25,12 @@ TINY = {
 
 def run(*arguments, **changes):
     fields = [f"--config.model.{n}={v}" for n, v in (TINY | changes).items()]
-    command = [sys.executable, "-m", "minillm_jax.cli.verify", "--config=small"]
-    return subprocess.run(
-        [*command, *fields, *arguments], cwd=ROOT, capture_output=True, text=True
-    )
+    return run_alone("--config=small", *fields, *arguments)
+
+
+def run_alone(*arguments):
+    command = [sys.executable, "-m", "minillm_jax.cli.verify", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
 def test_a_table_and_an_object():
@@ -35,6 +43,25 @@ def test_a_table_and_an_object():
     assert names[0] == "cached / uncached"
     assert names[-2:] == ["bfloat16 / float32", "float32 / float64"]
     assert all(line["passed"] for line in found["verify"])
+
+
+def test_a_table_of_quick_ones_and_the_exit_code(tmp_path):
+    model = mj.create_model(testing.tiny_config(num_layers=1))
+    params = mj.init_params(model)
+    mj.save_pretrained(tmp_path / "right", model, params)
+    params["final_norm"]["scale"] = params["final_norm"]["scale"] * math.nan
+    mj.save_pretrained(tmp_path / "wrong", model, params)
+    for name, code in (("right", 0), ("wrong", 1)):
+        done = run_alone("--quick", f"--model={tmp_path / name}")
+        assert done.returncode == code, done.stderr
+        assert "64 tokens" in done.stdout
+        assert done.stdout.count(" ok") == (7 if code == 0 else 0)
+        assert done.stdout.count("FAILED") == (0 if code == 0 else 7)
+    done = run_alone("--quick", "--json", f"--model={tmp_path / 'wrong'}")
+    assert done.returncode == 1
+    found = json.loads(done.stdout, parse_constant=pytest.fail)  # no NaN
+    assert not found["passed"]
+    assert found["verify"][0]["difference"] is None
 
 
 def test_what_is_too_short_is_one_line():

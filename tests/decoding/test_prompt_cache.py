@@ -95,7 +95,7 @@ def test_what_follows_a_kept_prompt_is_the_same(changes):
         assert stream(run, prompt)[0] == [completion]  # by itself
 
 
-def test_the_logits_behind_a_kept_prompt_are_those_without(monkeypatch):
+def test_the_logits_behind_a_kept_prompt_are_those_without():
     run, plain = generating(), generating()
     run.remember(SYSTEM)
     prompt, sampling = [*SYSTEM, 1, 2], mj.SamplingParams(temperature=0.0, logprobs=5)
@@ -149,7 +149,7 @@ def test_what_does_not_match_is_refused(tmp_path):
     changed[3] = np.nextafter(changed[3], 2)
     params = params | {"final_norm": {"scale": changed}}
     other = mj.Generator(model, params, mj.ByteTokenizer())
-    with pytest.raises(mj.PromptCacheError, match="another weights"):
+    with pytest.raises(mj.PromptCacheError, match="made with other weights"):
         other.load_cache(path)
     with pytest.raises(mj.PromptCacheError, match="20 tokens, but max_kv_cache_len=16"):
         generating(
@@ -157,19 +157,97 @@ def test_what_does_not_match_is_refused(tmp_path):
         ).load_cache(path)
 
 
-@pytest.mark.parametrize("place", [0.0, 0.3, 0.6, 0.9, 1.0])
-def test_a_changed_byte_is_refused(tmp_path, place):
+def test_a_changed_byte_is_refused(tmp_path):
+    """Of all that say what the file holds, and some of what it holds."""
     path = tmp_path / "kept"
-    run = generating()
+    run, other = generating(), generating()
     run.remember(SYSTEM)
     run.save_cache(path)
-    data = bytearray(path.read_bytes())
-    data[int(place * (len(data) - 1))] ^= 1
-    path.write_bytes(data)
-    other = generating()
-    with pytest.raises(mj.PromptCacheError, match="kept"):
-        other.load_cache(path)
+    whole = path.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    for place in (*range(header), *range(header, len(whole), 97), len(whole) - 1):
+        data = bytearray(whole)
+        data[place] ^= 1 << place % 8
+        path.write_bytes(data)
+        with pytest.raises(mj.PromptCacheError, match="kept"):
+            other.load_cache(path)
+    assert len(other._prompts) == 0
     assert stream(other, [*SYSTEM, 1])[1] == 21
+
+
+def with_arrays(run, path, **changes):
+    """A file with arrays of other shapes or names, and the right SHA-256."""
+    with safetensors.safe_open(path, "numpy") as opened:
+        metadata, names = opened.metadata(), opened.keys()
+        arrays = {name: opened.get_tensor(name) for name in names} | changes
+    arrays = {name: array for name, array in arrays.items() if array is not None}
+    metadata["sha256"] = prompt_cache._file_sha256(arrays, metadata)
+    safetensors.numpy.save_file(arrays, path, metadata)
+
+
+K = np.ones((2, 20, 8), np.float32)
+STRANGE = {
+    "no tokens": {"0.tokens": None},
+    "tokens of floats": {"0.tokens": np.ones(20, np.float32)},
+    "a scalar": {"0.tokens": np.asarray(3, np.int32)},
+    "nothing": {"0.tokens": np.ones(0, np.int32)},
+    "fewer tokens": {"0.tokens": np.ones(19, np.int32)},
+    "no k": {"0.layers_0.k": None},
+    "a short k": {"0.layers_0.k": K[:, :5].copy()},
+    "one head": {"0.layers_0.k": K[:1].copy()},
+    "one token": {"0.layers_0.k": K[:, :1].copy()},
+    "float64": {"0.layers_0.k": K.astype(np.float64)},
+    "one axis": {"0.layers_0.k": np.ones(3, np.float32)},
+    "one layer more": {"0.layers_1.k": K},
+    "another name": {"x": K},
+}
+
+
+@pytest.mark.parametrize("changes", STRANGE.values(), ids=STRANGE)
+def test_a_file_of_another_shape_is_refused(tmp_path, changes):
+    run, path = generating(), tmp_path / "kept"
+    run.remember(SYSTEM)
+    run.save_cache(path)
+    with_arrays(run, path, **changes)
+    other = generating()
+    with pytest.raises(mj.PromptCacheError, match="kept: "):
+        other.load_cache(path)
+    assert len(other._prompts) == 0
+
+
+def test_a_file_beyond_the_budget_is_refused_before_it_reaches_the_device(
+    tmp_path, monkeypatch
+):
+    run, path = generating(), tmp_path / "kept"
+    for seed in range(3):
+        run.remember(some_tokens(20, seed=seed))
+    run.save_cache(path)
+    small = generating(budget=2 * run._kept_bytes(32))
+    small.remember(SYSTEM)
+    monkeypatch.setattr(small._executables, "put", None)
+    with pytest.raises(mj.PromptCacheError, match=r"kept: what it holds takes \d+ byt"):
+        small.load_cache(path)
+    assert len(small._prompts) == 1
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    run = generating()
+    run.remember(SYSTEM)
+    for path in (tmp_path / "nowhere" / "kept", tmp_path):
+        with pytest.raises(mj.PromptCacheError, match=f"^{path}: cannot be written"):
+            run.save_cache(path)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(mj.PromptCacheError, match=f"^{tmp_path}: cannot be read"):
+        run.load_cache(tmp_path)
+
+
+def test_others_may_read_the_file_as_they_may_any(tmp_path):
+    run = generating()
+    run.remember(SYSTEM)
+    run.save_cache(tmp_path / "kept")
+    (tmp_path / "any").touch()
+    modes = {(tmp_path / name).stat().st_mode for name in ("kept", "any")}
+    assert len(modes) == 1
 
 
 def test_other_files_are_refused(tmp_path):
@@ -199,7 +277,7 @@ def test_what_was_there_survives_a_save_that_fails(tmp_path, monkeypatch):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(prompt_cache.safetensors.numpy, "save_file", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(mj.PromptCacheError, match="kept: cannot be written: No space"):
         run.save_cache(path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
@@ -217,7 +295,8 @@ def test_the_budget_bounds_what_is_kept():
     assert run._prompts.nbytes <= 2 * one
     assert [stream(run, [*p, 1])[1] for p in (first, second, third)] == [1, 21, 1]
     with pytest.raises(mj.PromptCacheError, match="prompt_cache_bytes="):
-        generating(budget=one - 8).remember(first)
+        generating(budget=one - 5).remember(first)
+    assert generating(budget=one - 4).remember(first) == 20  # `lengths` do not count
     assert len(run._prompts) == 2
     run.forget()
     assert stream(run, [*first, 1])[1] == 21
@@ -227,7 +306,7 @@ def test_what_is_kept_already_is_not_prefilled_again():
     run, longer = generating(), [*SYSTEM, *some_tokens(13, seed=8)]
     assert [run.remember(p) for p in (SYSTEM, SYSTEM, longer)] == [20, 0, 13]
     assert run.remember(longer[:25]) == 0
-    assert len(run._prompts) == 2
+    assert len(run._prompts) == 1  # the longer one serves for both
     expected, _ = stream(generating(), [*longer, 1])
     assert stream(run, [*longer, 1]) == (expected, 1)
 
@@ -264,6 +343,53 @@ def test_nothing_compiles_after_a_warmup_that_knows_the_prompts():
         run.remember(some_tokens(12))
     with run.forbid_compile(), pytest.raises(executables.CompileForbiddenError):
         stream(run, [*some_tokens(12), 1])  # its cache is of another capacity
+
+
+def test_a_shorter_prompt_needs_less_room_than_what_is_kept():
+    """A kept cache of 64 slots for a request of 16, and for one to be kept."""
+    run, longer = generating(), some_tokens(40, seed=4)
+    run.remember(longer)
+    run.warmup((1,))
+    with run.forbid_compile():
+        prompt = [*longer[:3], 1]
+        assert stream(run, prompt, 2) == (stream(generating(), prompt, 2)[0], 1)
+        assert run.remember([*longer[:5], 2, 3]) == 2
+
+
+@pytest.mark.parametrize("changes", VARIATIONS.values(), ids=VARIATIONS)
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_whatever_is_kept_before_the_tokens_are_the_same(changes, seed):
+    """Prompts cut from one text, some changed at the end; kept, forgotten, used."""
+    draw, text = np.random.default_rng(seed), some_tokens(64, seed=9)
+    run, plain, session = generating(**changes), generating(**changes), mj.Session()
+    for _ in range(40):
+        prompt = text[: draw.integers(1, 44)]
+        if draw.random() < 0.6:
+            prompt = [*prompt, *draw.integers(0, 64, draw.integers(1, 4)).tolist()]
+        kind = draw.choice(
+            ["remember", "stream", "session", "forget"],
+            p=[3 / 9, 3 / 9, 2.5 / 9, 0.5 / 9],
+        )
+        if kind == "remember":
+            run.remember(prompt)
+        elif kind == "stream":
+            assert stream(run, prompt, 2)[0] == stream(plain, prompt, 2)[0]
+        elif kind == "session":
+            with run.stream(prompt, 2, GREEDY, session=session) as found:
+                tokens = [piece.token for piece in found]
+            assert [tokens] == stream(plain, prompt, 2)[0]
+        else:
+            run.forget()
+
+
+def test_a_session_whose_cache_is_of_no_use_begins_with_a_kept_prompt():
+    run, session = generating(), mj.Session()
+    run.remember(SYSTEM)
+    for prompt, prefilled in ((some_tokens(9), 9), ([*SYSTEM, 3], 1)):
+        found = run.stream(prompt, 4, GREEDY, session=session)
+        tokens = [piece.token for piece in found]
+        assert [tokens] == stream(generating(), prompt, 4)[0]
+        assert found.prefilled_tokens == prefilled
 
 
 def test_a_session_begins_with_a_kept_prompt():

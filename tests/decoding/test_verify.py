@@ -9,7 +9,7 @@ import pytest
 import minillm_jax as mj
 from minillm_jax import testing
 from minillm_jax.config import RopeScaling
-from minillm_jax.decoding import verify
+from minillm_jax.decoding import sampler, verify
 from minillm_jax.model import attention, rope, scores
 from minillm_jax.model import cache as kv
 
@@ -32,12 +32,13 @@ def model_of(**changes):
     [
         {},
         {"dtype": "bfloat16", "param_dtype": "bfloat16", "cache_dtype": "bfloat16"},
+        {"cache_dtype": "bfloat16"},
         pytest.param(
             {"sliding_window": 6, "qk_norm": True, "attention_softcap": 20.0},
             marks=pytest.mark.slow,
         ),
     ],
-    ids=["float32", "bfloat16", "window"],
+    ids=["float32", "bfloat16", "bfloat16 cache", "window"],
 )
 def test_a_model_that_is_right_passes(changes):
     model, params = model_of(**changes)
@@ -94,12 +95,55 @@ def next_head(patch):
     patch.setattr(attention, "attend", attend)
 
 
+def off_by_one_in_later_chunks(patch):
+    plain = rope.cos_sin
+
+    def turned(config, positions, lengths, **local):
+        later = (positions[:, :1] > 0) & (positions.shape[1] > 1)
+        return plain(config, positions + later, lengths, **local)
+
+    patch.setattr(rope, "cos_sin", turned)
+
+
+def writes_are_clamped(patch):
+    """As a plain dynamic_update_slice does at the end of an array."""
+
+    def put(leaf, new, slot, lowest, count, row):
+        return jax.lax.dynamic_update_slice(leaf, new, (*row, 0, slot, 0))
+
+    patch.setattr(kv, "_put", put)
+
+
+def one_length_for_all_rows(patch):
+    plain = kv.slot_positions
+
+    def positions(lengths, slots, rule):
+        longest = jax.numpy.broadcast_to(lengths.max(), lengths.shape)
+        return plain(longest, slots, rule)
+
+    patch.setattr(kv, "slot_positions", positions)
+
+
+def the_likeliest_but_one(patch):
+    plain = sampler.first_largest
+
+    def second(x):
+        largest = x == jax.numpy.max(x, axis=-1, keepdims=True)
+        return plain(jax.numpy.where(largest, -1e9, x))
+
+    patch.setattr(sampler, "first_largest", second)
+
+
 FAULTS = {  # the fault, and the line that must name it
     off_by_one_in_decode: "cached / uncached",
     blind_to_itself: "float32 / float64",
     next_slot_of_a_ring: "ring / window",
     empty_slots_are_seen: "cached / uncached",
     next_head: "float32 / float64",
+    off_by_one_in_later_chunks: "chunked / one piece",
+    writes_are_clamped: "padded / alone",
+    one_length_for_all_rows: "batch / solo",
+    the_likeliest_but_one: "Generator / uncached",
 }
 
 
@@ -139,6 +183,33 @@ def test_the_divergence_is_that_of_the_distributions():
     other, ours = np.log([[0.5, 0.5]]), np.log([[0.25, 0.75]])
     line = verify.compared("", ours, other, verify.BUDGETS["float32"])
     assert line.divergence == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3))
+
+
+def test_the_comparisons_are_of_what_they_say():
+    """The pieces of a prompt, the padding and the turns of the ring."""
+    model, params = model_of()
+    check, calls = verify._Check(model, params, np.arange(TOKENS)), []
+    plain = verify.decode.prefill_chunk
+
+    def prefill_chunk(model, params, cache, logits, tokens, remaining, **rest):
+        slots = kv.token_capacity(model.config, cache, kv.CachePolicy())
+        calls.append((tokens.shape[1], int(remaining[0]), slots))
+        return plain(model, params, cache, logits, tokens, remaining, **rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verify.decode, "prefill_chunk", prefill_chunk)
+        check.comparisons()["chunked / one piece"]("")
+        pieces = [width for width, *_ in calls]
+        assert pieces[-1] == 26  # one piece
+        assert len(pieces) > 5
+        calls.clear()
+        check.comparisons()["padded / alone"]("")
+        (_, padded, _, alone) = calls  # of 13 tokens each, behind another 13
+        assert padded == (40, 13, 40)
+        assert alone == (13, 13, 40)
+        calls.clear()
+        check.comparisons()["ring / window"]("")
+        assert 4 * calls[0][2] <= TOKENS  # three wraps
 
 
 def test_what_turns_keys_by_the_length_is_compared_within_it():

@@ -1,6 +1,8 @@
 """What the doctor says of machines that are well and of those that are not."""
 
 import dataclasses
+import json
+import os
 import subprocess
 import sys
 
@@ -35,6 +37,9 @@ CASES = {  # what is otherwise, the line and its level, words of the advice
     "fraction": ({"memory_fraction": None}, "memory", "note", ".95"),
     "slow": ({"bandwidth": 2e12}, "bandwidth", "BAD", "throttled"),
     "copies": ({"write_ratio": 15.0}, "cache writes (bfloat16)", "BAD", "copied"),
+    "no flax": ({"flax": "not installed"}, "flax", "BAD", "pip install"),
+    "full": ({"bandwidth": None}, "bandwidth", "note", "another process"),
+    "unknown": ({"write_ratio": None}, "cache writes (bfloat16)", "note", "same"),
     "cold": ({"compilation_cache": None}, "compilation cache", "note", "default"),
 }
 
@@ -87,3 +92,18 @@ def test_it_fits_a_screen():
     assert 9 <= len(lines) <= 24
     assert all(len(line) <= 80 for line in lines)
     assert "compilation cache" in done.stdout
+
+
+def test_a_machine_without_the_device_that_was_asked_for_is_told_so():
+    done = subprocess.run(
+        [sys.executable, "-m", "minillm_jax.cli.doctor", "--json"],
+        env=os.environ | {"JAX_PLATFORMS": "cuda"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    found = {line["name"]: line for line in json.loads(done.stdout)}
+    assert found["device"]["level"] == "BAD"
+    assert found["device"]["found"].startswith("none: ")
+    assert "JAX_PLATFORMS=cpu" in found["device"]["advice"]
