@@ -336,7 +336,7 @@ def test_nothing_compiles_after_a_warmup_that_knows_the_prompts():
     run = generating()
     run.remember(SYSTEM)
     run.warmup((1, 2))
-    assert run.compilations["copy_rows"] == 2 * 2  # capacities 32 and 64
+    assert run.compilations["copy_rows"] == 2 * 3  # capacities 16, 32 and 64
     with run.forbid_compile():
         stream(run, [[*SYSTEM, 1, 2], some_tokens(3)], 40)
         stream(run, [*SYSTEM, 5])
@@ -366,20 +366,19 @@ def test_whatever_is_kept_before_the_tokens_are_the_same(changes, seed):
         prompt = text[: draw.integers(1, 44)]
         if draw.random() < 0.6:
             prompt = [*prompt, *draw.integers(0, 64, draw.integers(1, 4)).tolist()]
-        kind = draw.choice(
-            ["remember", "stream", "session", "forget"],
-            p=[3 / 9, 3 / 9, 2.5 / 9, 0.5 / 9],
-        )
+        kind = draw.choice(["remember", "stream", "session", "session", "forget"])
         if kind == "remember":
             run.remember(prompt)
-        elif kind == "stream":
+        elif kind == "forget":
+            if draw.random() < 0.3:
+                run.forget()
+        elif kind == "stream" or changes is VARIATIONS["dynamic"]:
+            # (A session keeps keys that have since been turned a little further.)
             assert stream(run, prompt, 2)[0] == stream(plain, prompt, 2)[0]
-        elif kind == "session":
+        else:
             with run.stream(prompt, 2, GREEDY, session=session) as found:
                 tokens = [piece.token for piece in found]
             assert [tokens] == stream(plain, prompt, 2)[0]
-        else:
-            run.forget()
 
 
 def test_a_session_whose_cache_is_of_no_use_begins_with_a_kept_prompt():
