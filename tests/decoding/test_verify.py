@@ -109,19 +109,22 @@ def writes_are_clamped(patch):
     """As a plain dynamic_update_slice does at the end of an array."""
 
     def put(leaf, new, slot, lowest, count, row):
-        return jax.lax.dynamic_update_slice(leaf, new, (*row, 0, slot, 0))
+        at = [jax.numpy.asarray(index, slot.dtype) for index in (*row, 0, slot, 0)]
+        new = new.reshape((1,) * len(row) + new.shape)
+        return jax.lax.dynamic_update_slice(leaf, new, at)
 
     patch.setattr(kv, "_put", put)
 
 
-def one_length_for_all_rows(patch):
-    plain = kv.slot_positions
+def the_first_rows_slot_for_all(patch):
+    plain = kv.write
 
-    def positions(lengths, slots, rule):
-        longest = jax.numpy.broadcast_to(lengths.max(), lengths.shape)
-        return plain(longest, slots, rule)
+    def write(leaf, new, positions, counts, rule):
+        if positions.ndim:
+            positions = jax.numpy.broadcast_to(positions[:1], positions.shape)
+        return plain(leaf, new, positions, counts, rule)
 
-    patch.setattr(kv, "slot_positions", positions)
+    patch.setattr(kv, "write", write)
 
 
 def the_likeliest_but_one(patch):
@@ -142,7 +145,7 @@ FAULTS = {  # the fault, and the line that must name it
     next_head: "float32 / float64",
     off_by_one_in_later_chunks: "chunked / one piece",
     writes_are_clamped: "padded / alone",
-    one_length_for_all_rows: "batch / solo",
+    the_first_rows_slot_for_all: "batch / solo",
     the_likeliest_but_one: "Generator / uncached",
 }
 
