@@ -21,6 +21,7 @@ from minillm_jax.model.cache import CacheOverflowError as CacheOverflowError
 from minillm_jax.model.cache import CachePolicy as CachePolicy
 from minillm_jax.model.cache import grow_cache as grow_cache
 from minillm_jax.model.cache import init_cache as init_cache
+from minillm_jax.model.quantized import quantize as quantize
 from minillm_jax.model.transformer import MiniLLM as MiniLLM
 from minillm_jax.model.transformer import create_model as create_model
 from minillm_jax.model.transformer import init_params as init_params

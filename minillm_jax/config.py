@@ -21,6 +21,7 @@ MAX_LAYERS = 4096
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 _Positive = Range(1e-6, 1e6)
 Dtype = OneOf(("auto", *FLOAT_DTYPES))
+Quantization = OneOf(("none", "int8", "w8a16", "w8a8"))
 Kernel = OneOf(("auto", "xla", "cudnn"))
 
 # Names other libraries use for the same thing. They work, with a DeprecationWarning.
@@ -136,6 +137,9 @@ class ModelConfig:
     dtype: Annotated[str, Dtype] = "auto"  # of computation
     param_dtype: Annotated[str, Dtype] = "auto"  # parameters as stored
     cache_dtype: Annotated[str, Dtype] = "auto"  # keys and values as stored
+    # Kernels in int8 (model/quantized.py), to generate with: the weights alone, or
+    # activations too; "int8" = what the platform multiplies natively.
+    quantization: Annotated[str, Quantization] = "none"
 
     def window(self, layer: int) -> int | None:
         """Tokens that a query of a layer sees, itself included; None = all."""
@@ -166,13 +170,16 @@ class ModelConfig:
     def resolve(self, platform: str) -> "ModelConfig":
         """Concrete dtypes for a JAX platform: bfloat16 on GPU and TPU, else float32.
 
-        `param_dtype` and `cache_dtype` follow `dtype` where they are "auto".
+        `param_dtype` and `cache_dtype` follow `dtype` where they are "auto"; the
+        quantization "int8" is "w8a16" on GPU and TPU, else "w8a8".
         """
         accelerator = platform in ("gpu", "cuda", "rocm", "tpu")
         auto = "bfloat16" if accelerator else "float32"
         dtype = auto if self.dtype == "auto" else self.dtype
         stored = {n: getattr(self, n) for n in ("param_dtype", "cache_dtype")}
         concrete = {n: dtype if v == "auto" else v for n, v in stored.items()}
+        if self.quantization == "int8":
+            concrete["quantization"] = "w8a16" if accelerator else "w8a8"
         return self.replace(dtype=dtype, **concrete)
 
     def to_dict(self) -> dict[str, Any]:

@@ -90,6 +90,7 @@ OTHER_VALUES = {
 def test_every_field_is_of_a_kind_tried_here():
     numbers = {*INT_FIELDS, *FLOAT_FIELDS}
     others = {"rope_scaling", "eos_token_ids", "global_layers", "activation"}
+    others |= {"quantization"}
     others |= set(KERNEL_FIELDS)
     assert {*numbers, *BOOL_FIELDS, *DTYPE_FIELDS, *others} == set(FIELDS)
 
@@ -310,6 +311,12 @@ def test_stored_dtypes_follow_dtype_unless_given():
 @pytest.mark.parametrize("field", DTYPE_FIELDS)
 def test_dtype_may_be_given_as_numpy_or_jax_has_it(field, given, name):
     assert getattr(mj.Configs.small().replace(**{field: given}), field) == name
+
+
+def test_an_unknown_quantization_is_a_config_error():
+    (problem,) = problems_of(**BASE, quantization="int4")
+    assert problem.startswith("quantization='int4'")
+    assert "w8a16" in problem
 
 
 @pytest.mark.parametrize("field", KERNEL_FIELDS)

@@ -151,6 +151,11 @@ def _model_config(config: Any, tokenizer: Any) -> ModelConfig:
             f"config.model.param_dtype={found.param_dtype}: training keeps parameters "
             "in float32; write float32 (config.model.dtype may be bfloat16)"
         )
+    if found.quantization != "none":
+        raise UserError(
+            f"config.model.quantization={found.quantization}: kernels in int8 cannot "
+            "be trained; write none"
+        )
     found = found.replace(param_dtype="float32")
     if (largest := max(tokenizer.known_ids)) >= found.vocab_size:
         raise UserError(

@@ -10,7 +10,8 @@ of that is normal depends on the dtype, and is the line's budget.
     batch / solo               three rows of three lengths; each by itself
     ring / window              a ring, three times around; a sliding-window forward
     Generator / uncached       tokens that it chose, beside the likeliest ones
-    DTYPE / float32            one forward; the same parameters in float32
+    DTYPE / float32            one forward; the same parameters in float32 (int8
+                               kernels as the floats that they stand for)
     float32 / float64          one forward; the formulas in NumPy (reference.py)
 
 Axes: B rows, T tokens, V vocab.
@@ -32,7 +33,7 @@ from minillm_jax.decoding.decode import Params
 from minillm_jax.decoding.generator import Generator
 from minillm_jax.decoding.sampling import GREEDY
 from minillm_jax.model import cache as kv
-from minillm_jax.model import transformer
+from minillm_jax.model import quantized, transformer
 from minillm_jax.model.transformer import MiniLLM
 
 SHORTEST = 16  # tokens; fewer would leave nothing to compare
@@ -56,6 +57,9 @@ BUDGETS = {
     "float32": Budget(2e-5, 1e-9),
     "bfloat16": Budget(0.03, 1e-3),
     "float16": Budget(0.005, 1e-4),
+    # Activations are rounded to 1 part in 127 of a row's largest: a difference in the
+    # last place of float32 may be one in the last of these.
+    "w8a8": Budget(0.06, 5e-3),
 }
 
 
@@ -122,9 +126,14 @@ def lines(model: MiniLLM, params: Params, tokens: Sequence[int]) -> Iterator[Lin
 
 def names(config: ModelConfig) -> tuple[str, ...]:
     """Of the lines, in their order."""
-    dtype = config.dtype
-    other = () if dtype == "float32" else (f"{dtype} / float32",)
+    kind = _kind(config)
+    other = () if kind == "float32" else (f"{kind} / float32",)
     return (*_NAMES, *other, "float32 / float64")
+
+
+def _kind(config: ModelConfig) -> str:
+    """What products are of: activations, or whole numbers on both sides."""
+    return config.quantization if config.quantization in BUDGETS else config.dtype
 
 
 def longest(config: ModelConfig) -> int:
@@ -143,8 +152,7 @@ class _Check:
     def __init__(self, model: MiniLLM, params: Params, tokens: np.ndarray):
         self._model, self._params, self._tokens = model, params, tokens
         self._prompt = max(1, 2 * len(tokens) // 3)
-        dtypes = (model.config.dtype, model.config.cache_dtype)
-        budgets = [BUDGETS[dtype] for dtype in dtypes]
+        budgets = [BUDGETS[_kind(model.config)], BUDGETS[model.config.cache_dtype]]
         self._budget = max(budgets, key=lambda budget: budget.difference)
         self._whole = self._with(prefill_chunk=self._prompt)
 
@@ -154,7 +162,7 @@ class _Check:
             *(self._cached, self._chunked, self._padded, self._batch),
             *(self._ring, self._generator, self._dtype, self._formulas),
         ]
-        if self._model.config.dtype == "float32":
+        if _kind(self._model.config) == "float32":
             made.remove(self._dtype)
         return dict(zip(names(self._model.config), made, strict=True))
 
@@ -255,9 +263,8 @@ class _Check:
 
     def _formulas(self, name: str) -> Line:
         tokens = self._tokens[:REFERENCE_TOKENS]
-        exact = reference.reference_logits(
-            self._model.config, self._params, tokens[None]
-        )
+        params = quantized.restore(self._params)
+        exact = reference.reference_logits(self._model.config, params, tokens[None])
         ours = self._float32[:, : len(tokens)]
         return compared(name, ours, exact, BUDGETS["float32"])
 

@@ -4,6 +4,7 @@ Axes: B batch, T query length, D model dim, C gate and up, F ffn dim.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jaxtyping import Array, Float
 
 from minillm_jax.config import ModelConfig
 from minillm_jax.model import products
+from minillm_jax.model.quantized import Quantized, is_quantized
 
 TOKEN_STD = 0.02  # GPT-2 and Llama start their embeddings with it
 _CUT_STD = 0.87962566103423978  # std of a standard normal cut at +-2
@@ -72,20 +74,24 @@ def initializer(name: str, config: ModelConfig) -> nn.initializers.Initializer:
     return init
 
 
-def param(module: nn.Module, name: str, shape: tuple[int, ...]) -> jax.Array:
-    """A parameter of `module`, in its config's `param_dtype`."""
+def param(module: nn.Module, name: str, shape: tuple[int, ...]) -> Any:
+    """A parameter of `module`, in its config's `param_dtype` or `Quantized`."""
+    if is_quantized(stored := module.get_variable("params", name)):
+        return stored
     config = module.config  # pyright: ignore[reportAttributeAccessIssue]
     dtype = jnp.dtype(config.param_dtype)
     return module.param(name, initializer(name, config), shape, dtype)
 
 
-def project(x: Float[Array, "*axes I"], kernel: Float[Array, "..."]) -> jax.Array:
+def project(
+    x: Float[Array, "*axes I"], kernel: Float[Array, "..."] | Quantized
+) -> jax.Array:
     """`x` times a kernel whose first axes multiply to I; the rest come out as one.
 
     One plain matrix product: as an einsum that moves the token axis too, XLA on CPU
     transposes the weights instead, which costs more than a decode step's product.
     """
-    return products.product(x, kernel.reshape(x.shape[-1], -1))
+    return products.product(x, kernel, flat=True)
 
 
 def rms_norm(
@@ -105,8 +111,8 @@ ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": jax.nn.gelu}
 
 def gated_mlp(
     x: Float[Array, "B T D"],
-    gate_up: Float[Array, "D C=2 F"],
-    down: Float[Array, "F D"],
+    gate_up: Float[Array, "D C=2 F"] | Quantized,
+    down: Float[Array, "F D"] | Quantized,
     activation: str = "silu",
 ) -> Float[Array, "B T D"]:
     """SwiGLU or GeGLU (Shazeer 2020, arXiv:2002.05202), gate and up in one product."""

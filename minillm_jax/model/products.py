@@ -12,6 +12,8 @@ Elsewhere XLA makes a multiplication and a sum of one row's product. Where somet
 be fused into the first it stores that, as large as the kernel, and some kernels it
 transposes before. Two rows are a matrix product: so one row goes twice there too.
 
+A kernel may be `Quantized`, in int8: what is multiplied then is up to its mode.
+
 `benchmarks.products` measures the forms on CPU, and what did not help;
 `benchmarks.ahead` shows what XLA makes of them on a GPU or TPU.
 
@@ -24,25 +26,35 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
+
+from minillm_jax.model.quantized import Quantized, rounded
 
 CPU_PARTS = 4  # of one row: enough of them to keep the cores of a CPU at the memory
 
 
-@functools.partial(jax.jit, static_argnames=("axis", "dtype"), inline=True)
+@functools.partial(jax.jit, static_argnames=("axis", "flat", "dtype"), inline=True)
 def product(
     x: Float[Array, "*axes I"],
-    kernel: Float[Array, "..."],
+    kernel: Float[Array, "..."] | Quantized,
     *,
     axis: int = 0,
+    flat: bool = False,
     dtype: DTypeLike | None = None,
 ) -> Float[Array, "..."]:
     """`x` times `kernel`, whose `axis` has size I.
 
-    The kernel is cast to x's dtype; the result is in `dtype`, or x's.
+    With `flat` the kernel's first axes multiply to I, and the rest come out as one. The
+    kernel is cast to x's dtype; the result is in `dtype`, or x's.
     """
-    kernel = kernel.astype(x.dtype)
     dtype = x.dtype if dtype is None else dtype
+    if isinstance(kernel, Quantized):
+        form = {"w8a16": _w8a16, "w8a8": _w8a8}[kernel.mode]
+        found = form(x.reshape(-1, x.shape[-1]), kernel).astype(dtype)
+        return found.reshape(*x.shape[:-1], *((-1,) if flat else kernel.outputs))
+    kernel = kernel.astype(x.dtype)
+    if flat:
+        kernel = kernel.reshape(x.shape[-1], -1)
     one_row = math.prod(x.shape[:-1]) == 1
 
     def whole(x, kernel, dtype=dtype):
@@ -84,6 +96,45 @@ def batched_product(
     if rows.dtype.itemsize < 4 and rows.shape[-3:-1] == (1, 1):
         return jax.lax.platform_dependent(rows, matrices, cuda=whole, default=twice)
     return whole(rows, matrices)
+
+
+def rows(
+    table: Float[Array, "V D"] | Quantized, ids: Int[Array, "*axes"]
+) -> Float[Array, "*axes D"]:
+    """The rows of a table; ids outside it are clipped to it."""
+    take = functools.partial(jnp.take, indices=ids, axis=0, mode="clip")
+    if isinstance(table, Quantized):
+        return take(table.values) * take(table.scales)[..., None]
+    return take(table)
+
+
+def _w8a16(x: Float[Array, "R I"], kernel: Quantized) -> Float[Array, "R O"]:
+    """The numbers of the kernel as x's dtype has them, then their scales; float32."""
+    given = _twice(x[0], 0) if len(x) == 1 else x
+    sums = jax.lax.dot_general(
+        given,
+        kernel.values.astype(x.dtype),
+        (((1,), (1,)), ((), ())),
+        preferred_element_type=jnp.float32,
+    )
+    return sums[: len(x)] * kernel.scales[None]
+
+
+def _w8a8(x: Float[Array, "R I"], kernel: Quantized) -> Float[Array, "R O"]:
+    """Whole numbers on both sides, then both scales; float32.
+
+    Two rows are a matrix product of int8, which CPUs and tensor cores have; of one XLA
+    on CPU would convert the kernel. So one row goes twice.
+    """
+    given, scales = rounded(x)
+    given = _twice(given[0], 0) if len(x) == 1 else given
+    sums = jax.lax.dot_general(
+        given,
+        kernel.values,
+        (((1,), (1,)), ((), ())),
+        preferred_element_type=jnp.int32,
+    )
+    return sums[: len(x)].astype(jnp.float32) * scales * kernel.scales[None]
 
 
 def _twice(x, axis: int):

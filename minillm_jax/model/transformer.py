@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from minillm_jax.config import ConfigError, ModelConfig, check_is_config
 from minillm_jax.model import cache as kv
-from minillm_jax.model import cudnn, layers, products, rope
+from minillm_jax.model import cudnn, layers, products, quantized, rope
 from minillm_jax.model.attention import Attention, Places, Span
 
 
@@ -138,7 +138,7 @@ class MiniLLM(nn.Module):
             self.put_variable("cache", "lengths", start + counts)
         span = self._span(start, length, counts, segment_ids, reach)
         with jax.named_scope("embed"):
-            x = jnp.take(self.embedding, tokens, axis=0, mode="clip")
+            x = products.rows(self.embedding, tokens)
             x = x.astype(jnp.dtype(config.dtype))
             if config.embedding_scale != 1.0:
                 x = x * jnp.asarray(config.embedding_scale, x.dtype)
@@ -250,24 +250,56 @@ def in_float32(
     """
     floats = dict.fromkeys(("dtype", "param_dtype", "cache_dtype"), "float32")
     kernels = dict.fromkeys(("attention", "decode_attention"), "xla")
-    config = model.config.replace(**floats, **kernels, **changes)
-    return MiniLLM(config), jax.tree.map(lambda x: x.astype(jnp.float32), dict(params))
+    exact = floats | kernels | {"quantization": "none"}
+    config, params = model.config.replace(**exact, **changes), quantized.restore(params)
+    return MiniLLM(config), jax.tree.map(lambda x: x.astype(jnp.float32), params)
 
 
 def param_shapes(model: MiniLLM) -> dict[str, Any]:
     """The `params` tree as `jax.ShapeDtypeStruct`; nothing is allocated."""
+    mode = model.config.quantization
+    return jax.eval_shape(
+        lambda params: quantized.quantize(params, mode), _float_shapes(model)
+    )
+
+
+def _float_shapes(model: MiniLLM) -> dict[str, Any]:
+    """The same before anything is quantized."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     return jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+
+
+def as_stored(config: ModelConfig, name: str, leaf: jax.Array) -> Any:
+    """A parameter as the config has it: quantized, or as it is."""
+    inputs = quantized.inputs_of(name, tied=config.tie_embeddings)
+    if config.quantization == "none" or inputs is None:
+        return leaf
+    return quantized.quantized(leaf, inputs, config.quantization)
 
 
 def check_params(model: MiniLLM, params: Any) -> None:
     """Raises ConfigError where `params` is not the inner tree of this model."""
 
     def leaves(tree):
-        paths = jax.tree_util.tree_leaves_with_path(tree)
-        return {jax.tree_util.keystr(path): np.shape(leaf) for path, leaf in paths}
+        paths = jax.tree_util.tree_leaves_with_path(
+            tree, is_leaf=quantized.is_quantized
+        )
+        return {jax.tree_util.keystr(path): leaf for path, leaf in paths}
 
-    wanted, given = leaves(param_shapes(model)), leaves(params)
+    def modes(tree):
+        return {getattr(leaf, "mode", "none") for leaf in leaves(tree).values()}
+
+    wanted, given = param_shapes(model), params
+    if (modes(given) | {"none"}) != (modes(wanted) | {"none"}):
+        mode = model.config.quantization
+        raise ConfigError(
+            f"params: are not as config.quantization={mode} has them; "
+            f"mj.quantize(params, {mode!r}) makes them so, of those in floats"
+        )
+    wanted, given = (
+        {name: np.shape(leaf) for name, leaf in leaves(tree).items()}
+        for tree in (wanted, given)
+    )
     missing, unexpected = wanted.keys() - given, given.keys() - wanted.keys()
     shapes = [
         f"{name} has shape {given[name]}, not {wanted[name]}"
@@ -292,16 +324,15 @@ def init_params(model: MiniLLM, seed: int = 0) -> dict[str, Any]:
     by one and the largest first, while there is most room for what makes them.
     """
     key = jax.random.key(seed)
-    found, tree = jax.tree_util.tree_flatten_with_path(param_shapes(model))
+    found, tree = jax.tree_util.tree_flatten_with_path(_float_shapes(model))
     leaves: list[Any] = [None] * len(found)
     for index in sorted(range(len(found)), key=lambda i: -found[i][1].size):
         path, shape = found[index]
         path_hash = zlib.crc32(jax.tree_util.keystr(path).encode())
         leaf_key = jax.random.fold_in(key, path_hash)
-        made = _init_leaf(
-            leaf_key, path[-1].key, model.config, shape.shape, shape.dtype
-        )
-        leaves[index] = jax.block_until_ready(made)
+        name = path[-1].key
+        made = _init_leaf(leaf_key, name, model.config, shape.shape, shape.dtype)
+        leaves[index] = jax.block_until_ready(as_stored(model.config, name, made))
     params = jax.tree.unflatten(tree, leaves)
     embedding = params["embedding"]
     if not isinstance(embedding, jax.core.Tracer):

@@ -36,9 +36,22 @@ def parameters(config: ModelConfig) -> int:
     return config.num_layers * layer + tables * table + config.dim_model
 
 
+def quantized_kernels(config: ModelConfig) -> tuple[int, int]:
+    """Elements of the kernels that are in int8, and their output features."""
+    if config.quantization == "none":
+        return 0, 0
+    heads = config.num_heads + 2 * config.num_kv_heads
+    outputs = heads * config.head_dim + 2 * config.dim_model + 2 * config.dim_ff
+    head = config.vocab_size * config.dim_model
+    elements = config.num_layers * layer_kernels(config) + head
+    return elements, config.num_layers * outputs + config.vocab_size
+
+
 def weight_bytes(config: ModelConfig) -> int:
-    """Bytes of the parameters as stored."""
-    return parameters(config) * itemsize(config.param_dtype)
+    """Bytes of the parameters as stored, the float32 scales of int8 ones included."""
+    elements, outputs = quantized_kernels(config)
+    floats = (parameters(config) - elements) * itemsize(config.param_dtype)
+    return floats + elements + 4 * outputs
 
 
 def cache_bytes(config: ModelConfig, batch_size: int, slots: Sequence[int]) -> int:

@@ -206,6 +206,11 @@ def _with_float32(config: ModelConfig) -> ModelConfig:
             f"param_dtype={config.param_dtype}: training keeps parameters in float32; "
             "write float32, or auto (dtype may be bfloat16)"
         )
+    if config.quantization != "none":
+        raise ConfigError(
+            f"quantization={config.quantization}: kernels in int8 cannot be trained; "
+            'write "none"'
+        )
     return config.replace(param_dtype="float32")
 
 

@@ -182,8 +182,11 @@ class Workload:
                 copies += width * config.vocab_size * config.dim_model
             if costs.itemsize(config.cache_dtype) == 2 and moment != "forward":
                 copies += 2 * (self.cache_bytes if several else looped * largest)
+        kernels, _ = costs.quantized_kernels(config)
         if config.param_dtype != config.dtype:
-            copies += costs.parameters(config) * size
+            copies += (costs.parameters(config) - kernels) * size
+        if platform == "cpu" and config.quantization == "w8a16":
+            copies += kernels * size
         if config.cache_dtype != config.dtype:  # a layer's at a time
             copies += largest * size // costs.itemsize(config.cache_dtype)
         return copies
@@ -203,6 +206,8 @@ def _making(config: ModelConfig) -> int:
     there = alive = 0
     stored = costs.itemsize(config.param_dtype)
     making = 3 * 4 + (0 if stored == 4 else 3)
+    if config.quantization != "none":  # then in float32 once more, to be rounded
+        stored, making = 1, making + 4
     for size in sorted(sizes, reverse=True):
         alive = max(alive, there + making * size)
         there += stored * size

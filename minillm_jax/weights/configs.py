@@ -43,7 +43,7 @@ _ACTIVATIONS = {
 # What a machine runs a model with; a folder's dtype is that of its tensors.
 _NOT_SAVED = (
     *("dtype", "param_dtype", "cache_dtype"),
-    *("attention", "decode_attention", "remat"),
+    *("attention", "decode_attention", "remat", "quantization"),
 )
 _OWN, _OWN_FIELDS = "minillm_jax", ("max_seq_len", "max_kv_cache_len", "prefill_chunk")
 

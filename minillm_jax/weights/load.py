@@ -15,7 +15,7 @@ import numpy as np
 
 from minillm_jax import progress
 from minillm_jax.config import ModelConfig
-from minillm_jax.model.transformer import MiniLLM, create_model
+from minillm_jax.model.transformer import MiniLLM, as_stored, create_model
 from minillm_jax.text.tokenizer import FileTokenizer, load_tokenizer
 from minillm_jax.weights import configs, families, files, hub, names
 from minillm_jax.weights.errors import CheckpointError
@@ -31,6 +31,7 @@ def load_pretrained(
     path: str | pathlib.Path = hub.SHIPPED,
     dtype: str | None = None,
     *,
+    quantization: str = "none",
     ignore_keys: Sequence[str] = (),
 ) -> tuple[MiniLLM, dict[str, Any], FileTokenizer | None]:
     """A model, its parameters and its tokenizer from a Hugging Face folder.
@@ -41,6 +42,8 @@ def load_pretrained(
         the small model of Python source that comes with the package.
       dtype: of parameters, computation and cache; None = bfloat16 on GPU and TPU,
         float32 on CPU, whatever the files have.
+      quantization: of the kernels, as the config's field: "int8" halves what is read
+        for a token, in the form that the backend has.
       ignore_keys: keys of config.json that are not known here and are to be passed
         over: the model may then not be the one of the files.
 
@@ -52,10 +55,11 @@ def load_pretrained(
       CheckpointError: for a folder that is not a whole model of a known architecture,
         with every missing, unexpected and wrong tensor, or every key that is not known.
       TokenizerError: for tokenizer files that cannot be used.
-      ConfigError: for another dtype.
+      ConfigError: for another dtype or quantization.
     """
     folder = hub.folder(path)
     config, family = read_config(folder, dtype, ignore_keys=ignore_keys)
+    config = config.replace(quantization=quantization)
     tokenizer = read_tokenizer(folder)
     model = create_model(config)
     return model, read_params(folder, model.config, family), tokenizer
@@ -101,7 +105,7 @@ def stored_dtype(folder: pathlib.Path) -> str:
 def read_params(
     folder: pathlib.Path, config: ModelConfig, family: Family
 ) -> dict[str, Any]:
-    """The inner tree, in `param_dtype`, on the default device.
+    """The inner tree, in `param_dtype`, on the default device; quantized one by one.
 
     Raises:
       CheckpointError: with everything wrong, before any data is read.
@@ -118,7 +122,8 @@ def read_params(
             for name in parents:
                 node = node.setdefault(name, {})
             host = _read(parameter, found, jnp.dtype(config.param_dtype))
-            node[last] = jax.block_until_ready(jax.device_put(host))
+            leaf = as_stored(config, last, jax.device_put(host))
+            node[last] = jax.block_until_ready(leaf)
     return tree
 
 

@@ -56,6 +56,8 @@ def save_pretrained(
         transformers can express, params of another model, or a tokenizer without files.
     """
     transformer.check_params(model, params)
+    if model.config.quantization != "none":
+        raise ConfigError("params: quantized; save those in floats that they are of")
     strange = {np.dtype(leaf.dtype).name for leaf in jax.tree.leaves(params)}
     if not strange <= {*FLOAT_DTYPES, "float64"}:
         raise ConfigError(f"params: of dtype {', '.join(sorted(strange))}; floats only")
