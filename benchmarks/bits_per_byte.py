@@ -26,7 +26,7 @@ from benchmarks import report
 from minillm_jax import json_files, progress
 from minillm_jax.cli import app
 from minillm_jax.cli.app import UserError
-from minillm_jax.config import FLOAT_DTYPES
+from minillm_jax.config import FLOAT_DTYPES, QUANTIZATIONS
 from minillm_jax.text import tokenizer as tokenizers
 from minillm_jax.training import corpus, evaluation, run_folder, sources
 from minillm_jax.training.corpus import Corpus
@@ -47,6 +47,10 @@ def define_flags() -> None:
         "As config.train.data; without --workdir.",
     )
     flags.DEFINE_enum("dtype", None, FLOAT_DTYPES, "To compute in; else the device's.")
+    flags.DEFINE_enum(
+        *("quantization", "none", QUANTIZATIONS),
+        "Of the kernels, as the config's field.",
+    )
     flags.DEFINE_integer("batch_size", 16, "Windows of a batch.", lower_bound=1)
     flags.DEFINE_string("json_path", None, "Also write the JSON object to this file.")
 
@@ -71,7 +75,9 @@ def main() -> None:
     """Measures, then prints."""
     report.check_writable(FLAGS.json_path, "json_path")
     folder = _folder()
-    model, params, tokenizer = load.load_pretrained(folder, FLAGS.dtype)
+    model, params, tokenizer = load.load_pretrained(
+        folder, FLAGS.dtype, quantization=FLAGS.quantization
+    )
     tokenizer = tokenizer or tokenizers.ByteTokenizer()
     with tempfile.TemporaryDirectory() as scratch:
         found = _corpus(model.config, tokenizer, scratch)
@@ -132,7 +138,8 @@ def _show(result: dict[str, Any]) -> None:
         f"{result['num_tokens']} tokens; trained on: {seen}\n"
     )
     shown = report.grid("", "bits per byte")
-    ours = f"{result['folder']}, {config['dtype']}"
+    kinds = {config["dtype"]: 0, config["quantization"]: 0}
+    ours = ", ".join([result["folder"], *(kind for kind in kinds if kind != "none")])
     rates = {ours: result["bits_per_byte"], **result["compressors"]}
     for name, rate in rates.items():
         shown.add_row(name, f"{rate:.3f}")

@@ -19,9 +19,9 @@ from minillm_jax.validation import OneOf, Range
 
 MAX_LAYERS = 4096
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
+QUANTIZATIONS = ("none", "int8", "w8a16", "w8a8")
 _Positive = Range(1e-6, 1e6)
 Dtype = OneOf(("auto", *FLOAT_DTYPES))
-Quantization = OneOf(("none", "int8", "w8a16", "w8a8"))
 Kernel = OneOf(("auto", "xla", "cudnn"))
 
 # Names other libraries use for the same thing. They work, with a DeprecationWarning.
@@ -139,7 +139,7 @@ class ModelConfig:
     cache_dtype: Annotated[str, Dtype] = "auto"  # keys and values as stored
     # Kernels in int8 (model/quantized.py), to generate with: the weights alone, or
     # activations too; "int8" = what the platform multiplies natively.
-    quantization: Annotated[str, Quantization] = "none"
+    quantization: Annotated[str, OneOf(QUANTIZATIONS)] = "none"
 
     def window(self, layer: int) -> int | None:
         """Tokens that a query of a layer sees, itself included; None = all."""

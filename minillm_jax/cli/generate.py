@@ -88,7 +88,9 @@ def check(
         max_new_tokens=FLAGS.max_new_tokens,
         sampling=sampling,
     )
-    plan = planned(config, policy, min(len(prompt) + asked.budget, longest))
+    rows = 1 if FLAGS.prompt_cache is None else 2  # the prompt's cache is kept beside
+    tokens = min(len(prompt) + asked.budget, longest)
+    plan = planned(config, policy, tokens, rows)
     if not plan.fits:
         # Of a stopped row one token is enough, of a ring whatever it sees.
         least = {"stop": min(len(prompt) + 1, longest), "error": plan.context}
@@ -111,11 +113,12 @@ def refusal(
     return f"{plan.refusal()}; this fits, with {size}: {words}"
 
 
-def planned(config: ModelConfig, policy: kv.CachePolicy, tokens: int) -> MemoryPlan:
-    """The plan of a row of so many tokens, in a cache as the Generator allocates it."""
+def planned(
+    config: ModelConfig, policy: kv.CachePolicy, tokens: int, rows: int = 1
+) -> MemoryPlan:
+    """The plan of rows of so many tokens, in a cache as the Generator allocates it."""
     device = memory.find_device("this")
     config = config.resolve(device.platform)
-    rows = 1 if FLAGS.prompt_cache is None else 2  # what is kept of the prompt
     work = Workload(config=config, batch_size=rows, context=tokens, policy=policy)
     return memory.plan(work, device)
 

@@ -25,6 +25,8 @@ VARIATIONS = {
         "attention_softcap": 3.0,
         "tie_embeddings": True,
     },
+    "w8a16": {"dtype": "bfloat16", "quantization": "w8a16", "tie_embeddings": True},
+    "w8a8": {"dtype": "float32", "quantization": "w8a8"},
 }
 
 
@@ -33,7 +35,10 @@ def exported(function, *args):
     return jax.export.export(jax.jit(function), platforms=PLATFORMS)(*args)
 
 
-DEFAULT = {("float32", "error", 1), ("gemma", "ring", 2)}
+DEFAULT = {
+    *(("float32", "error", 1), ("gemma", "ring", 2)),
+    *(("w8a16", "error", 1), ("w8a8", "error", 2)),
+}
 CASES = [
     pytest.param(*case, marks=() if case in DEFAULT else pytest.mark.slow)
     for case in itertools.product(VARIATIONS, ("error", "ring"), (1, 2))
@@ -45,8 +50,10 @@ def test_prefill_and_decode_chunk_lower_for_every_platform(name, policy, batch_s
     """Here, on CPU, what was exported gives the tokens of what was not."""
     overflow = mj.CachePolicy(overflow=policy)
     model = mj.create_model(testing.tiny_config(**VARIATIONS[name]))
-    params = mj.init_params(model)
+    plain = mj.create_model(model.config.replace(quantization="none"))
+    params = mj.init_params(plain)
     params = jax.tree.map(lambda x: 4 * x, params)  # decided, also in bfloat16
+    params = mj.quantize(params, model.config.quantization)
 
     def fresh():
         return mj.init_cache(model.config, batch_size, policy=overflow)
