@@ -1,0 +1,44 @@
+"""`benchmarks.quantized` as a person runs it."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parents[2]
+TINY = {
+    "max_seq_len": 64,
+    "max_kv_cache_len": 64,
+    "dim_model": 32,
+    "num_heads": 2,
+    "num_layers": 1,
+    "dim_ff": 64,
+    "vocab_size": 60,
+}
+
+
+def test_rates_and_accuracy_are_told(tmp_path):
+    fields = [f"--config.model.{n}={v}" for n, v in TINY.items()]
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "benchmarks.quantized", "--config=small", *fields),
+            *("--batch_sizes=2", "--context=32", "--rounds=2"),
+            *("--models=tests/goldens/llama2", f"--json_path={tmp_path / 'x.json'}"),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    floats, int8 = found["results"]
+    assert floats["quantization"] == "none"
+    assert int8["quantization"] in ("w8a8", "w8a16")
+    assert floats["ratio"] == {"median": 1.0, "min": 1.0, "max": 1.0}
+    assert int8["weights_bytes"] < floats["weights_bytes"] / 2
+    for row in found["accuracy"]:
+        assert row["kl_nats"] < 0.05
+        assert abs(row["bits_per_token_ratio"] - 1) < 0.01
+    assert [row["quantization"] for row in found["accuracy"]] == ["w8a16", "w8a8"]
+    assert json.loads((tmp_path / "x.json").read_text()) == found
