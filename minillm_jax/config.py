@@ -22,6 +22,7 @@ FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZATIONS = ("none", "int8", "w8a16", "w8a8")
 _Positive = Range(1e-6, 1e6)
 Dtype = OneOf(("auto", *FLOAT_DTYPES))
+CacheDtype = OneOf(("auto", *FLOAT_DTYPES, "int8"))
 Kernel = OneOf(("auto", "xla", "cudnn"))
 
 # Names other libraries use for the same thing. They work, with a DeprecationWarning.
@@ -136,7 +137,8 @@ class ModelConfig:
     decode_attention: Annotated[str, Kernel] = "auto"
     dtype: Annotated[str, Dtype] = "auto"  # of computation
     param_dtype: Annotated[str, Dtype] = "auto"  # parameters as stored
-    cache_dtype: Annotated[str, Dtype] = "auto"  # keys and values as stored
+    # Keys and values as stored; in int8 each head of a token has a float32 scale.
+    cache_dtype: Annotated[str, CacheDtype] = "auto"
     # Kernels in int8 (model/quantized.py), to generate with: the weights alone, or
     # activations too; "int8" = what the platform multiplies natively.
     quantization: Annotated[str, OneOf(QUANTIZATIONS)] = "none"

@@ -24,6 +24,7 @@ from jaxtyping import Array, Float
 from minillm_jax.config import ModelConfig
 from minillm_jax.model import blockwise, cudnn, layers, rope, scores
 from minillm_jax.model import cache as kv
+from minillm_jax.model.quantized import Rounded
 from minillm_jax.model.scores import Places, Scoring
 
 # Scores of one block of queries and keys, bytes: what keeps memory linear.
@@ -46,8 +47,8 @@ class Span(NamedTuple):
 )
 def attend(
     q: Float[Array, "*B K G T H"],
-    k: Float[Array, "*B K S H"],
-    v: Float[Array, "*B K S H"],
+    k: Float[Array, "*B K S H"] | Rounded,
+    v: Float[Array, "*B K S H"] | Rounded,
     *,
     queries: Places,
     keys: Places,
@@ -137,8 +138,8 @@ def _in_query_blocks(attend_one, q, queries: Places, block: int, *, in_place: bo
 
 def _attend_at_once(q, k, v, mask, scoring: Scoring):
     found = scores.masked(scores.scores(q, k, scoring), mask)
-    probs = jax.nn.softmax(found, axis=-1).astype(v.dtype)
-    return scores.mix(probs, v).astype(q.dtype)
+    probs = jax.nn.softmax(found, axis=-1)
+    return scores.mix(probs, v, q.dtype).astype(q.dtype)
 
 
 class Attention(nn.Module):
@@ -189,44 +190,44 @@ class Attention(nn.Module):
 
     def _attend_cached(self, q, k, v, span: Span, policy: kv.CachePolicy):
         """Writes k and v to the leaves, then attends to all that these hold."""
-        leaves = [self.get_variable("cache", name) for name in ("k", "v")]
-        slots = leaves[0].shape[-2]
+        leaves: Any = self.variables["cache"]
+        slots = leaves["k"].shape[-2]
         rule = kv.slot_rule(self.config, self.window, slots, policy)
         call = (q, k, v, span.places, span.counts)
-        if leaves[0].ndim == 3:  # one row: its leaves have no batch axis
+        one_row = leaves["k"].ndim == 3
+        if one_row:  # its leaves have no batch axis
             call = jax.tree.map(lambda axis: axis[0], call)
         q, k, v, places, counts = call
 
         with jax.named_scope("cache_write"):
             first = places.positions[..., 0]
-            leaves = [
-                kv.write(leaf, new, first, counts, rule)
-                for leaf, new in zip(leaves, (k, v), strict=True)
-            ]
-        for name, leaf in zip(("k", "v"), leaves, strict=True):
+            leaves = {
+                name: kv.write(leaves[name], new, first, counts, rule)
+                for name, new in kv.entries(k, v, rounded="k_scale" in leaves).items()
+            }
+        for name, leaf in leaves.items():
             self.put_variable("cache", name, leaf)
+        held = kv.held(leaves)
         flash = None
         if cudnn.attends(self.config, q.shape[-2], rule, cached=True):
             flash = functools.partial(
-                self._flash_cached, q, k, v, leaves, first, counts
+                self._flash_cached, q, k, v, held, first, counts
             )
         keys = Places(kv.slot_positions(first + counts, slots, rule))
-        mixed = self._attend(q, *leaves, places, keys, rule, flash)
-        return mixed if leaves[0].ndim == 4 else mixed[None]
+        mixed = self._attend(q, *held, places, keys, rule, flash)
+        return mixed[None] if one_row else mixed
 
-    def _flash_cached(self, q, k, v, leaves, first, counts):
+    def _flash_cached(self, q, k, v, held, first, counts):
         """cuDNN's form of what follows a write; one row has no batch axis here."""
-        one_row, call = leaves[0].ndim == 3, (q, k, v, *leaves, first, counts)
+        one_row, call = held[0].ndim == 3, (q, k, v, *held, first, counts)
         if one_row:
             call = [x[None] for x in call]
-        q, k, v, *leaves, first, counts = call
+        q, k, v, *held, first, counts = call
         if q.shape[-2] == 1:
-            held = first + counts
-            mixed = cudnn.attend_held(q, *leaves, held=held, scale=self.scale)
+            lengths = first + counts
+            mixed = cudnn.attend_held(q, *held, held=lengths, scale=self.scale)
         else:
-            mixed = cudnn.attend_after(
-                *(q, k, v, *leaves), first=first, scale=self.scale
-            )
+            mixed = cudnn.attend_after(*(q, k, v, *held), first=first, scale=self.scale)
         return mixed[0] if one_row else mixed
 
     @property
@@ -237,8 +238,8 @@ class Attention(nn.Module):
     def _attend(
         self,
         q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
+        k: jax.Array | Rounded,
+        v: jax.Array | Rounded,
         queries: Places,
         keys: Places,
         rule: kv.SlotRule,

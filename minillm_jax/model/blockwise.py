@@ -10,7 +10,7 @@ each, H head dim.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +60,7 @@ def attend_block(q, k, v, queries: Places, keys: Places, scoring: Scoring, size:
         higher = jnp.maximum(highest, jnp.max(found, axis=-1, keepdims=True))
         weights, faded = jnp.exp(found - higher), jnp.exp(highest - higher)
         total = total * faded + jnp.sum(weights, axis=-1, keepdims=True)
-        mixed = mixed * faded + scores.mix(weights.astype(v.dtype), v)
+        mixed = mixed * faded + scores.mix(weights, v, q.dtype)
         return higher, total, mixed
 
     highest = jnp.full((*q.shape[:-1], 1), scores.MASKED, jnp.float32)
@@ -74,8 +74,8 @@ def attend_block(q, k, v, queries: Places, keys: Places, scoring: Scoring, size:
 class _Keys(NamedTuple):
     """Blocks of keys and values, as some queries see them."""
 
-    k: jax.Array
-    v: jax.Array
+    k: Any  # [*B, K, S, H], or in int8: `Rounded`
+    v: Any
     places: Places
     queries: Places
     scoring: Scoring
@@ -97,8 +97,8 @@ class _Keys(NamedTuple):
             mask &= jnp.broadcast_to(jnp.arange(size) >= first - start, mask.shape)
 
             def seen(sums):
-                block = take(self.k, axis=-2), take(self.v, axis=-2), mask
-                return add(sums, block, start)
+                k, v = jax.tree.map(lambda x: take(x, axis=-2), (self.k, self.v))
+                return add(sums, (k, v, mask), start)
 
             return jax.lax.cond(jnp.any(mask), seen, lambda sums: sums, sums), None
 
@@ -157,7 +157,7 @@ def _add_gradients(scoring: Scoring, rows, sums, block, start):
     if scoring.softcap is not None:
         d_scores *= 1.0 - jnp.square(found / scoring.softcap)
     d_scores, weights = d_scores.astype(q.dtype), weights.astype(q.dtype)
-    d_q = d_q + scores.mix(d_scores, k)
+    d_q = d_q + scores.mix(d_scores, k, q.dtype)
     return d_q, _added(d_k, d_scores, q, start), _added(d_v, weights, d_out, start)
 
 

@@ -2,6 +2,7 @@
 
     cache/lengths                    int32 [B]     tokens each row has seen in all
     cache/layers_3/attention/{k,v}   [B, K, S, H]  [K, S, H] where the batch is 1
+                  /{k_scale,v_scale} [B, K, S, 1]  float32, where k and v are int8
 
 A row's next token has position `lengths[b]`. What a slot holds follows from `lengths`
 alone; nothing else is stored. A layer's `SlotRule` says where a position lives:
@@ -28,10 +29,11 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from minillm_jax import validation
 from minillm_jax.config import MAX_POSITIONS, ConfigError, ModelConfig, check_is_config
+from minillm_jax.model import quantized
 
 Cache = Mapping[str, Any]
 MAX_ROWS = 2**20
@@ -104,7 +106,7 @@ def check_cache(config: ModelConfig, cache: Cache, policy: CachePolicy) -> None:
     """Raises ValueError where shapes show that `cache` was made for something else."""
     check_types(config, policy)
     names = {f"layers_{layer}" for layer in range(config.num_layers)} | {"lengths"}
-    heads = {(leaf.shape[-3], leaf.shape[-1]) for leaf in _leaves(cache)}
+    heads = {(leaf.shape[-3], leaf.shape[-1]) for leaf in _entries(cache)}
     if set(cache) != names or heads != {(config.num_kv_heads, config.head_dim)}:
         raise ValueError("cache: was made for another config; make it with init_cache")
     for slots, rule in _rules(config, cache, policy):
@@ -179,9 +181,14 @@ def cache_shapes(
     rows = (batch_size,) if batch_size > 1 else ()
     tree: dict[str, Any] = {"lengths": jax.ShapeDtypeStruct((batch_size,), jnp.int32)}
     for layer, count in enumerate(slots):
-        shape = (*rows, config.num_kv_heads, count, config.head_dim)
-        leaf = jax.ShapeDtypeStruct(shape, jnp.dtype(config.cache_dtype))
-        tree[f"layers_{layer}"] = {"attention": {"k": leaf, "v": leaf}}
+        shape = (*rows, config.num_kv_heads, count)
+        dtype = jnp.dtype(config.cache_dtype)
+        leaf = jax.ShapeDtypeStruct((*shape, config.head_dim), dtype)
+        leaves = {"k": leaf, "v": leaf}
+        if dtype == jnp.int8:
+            scale = jax.ShapeDtypeStruct((*shape, 1), jnp.float32)
+            leaves |= {"k_scale": scale, "v_scale": scale}
+        tree[f"layers_{layer}"] = {"attention": leaves}
     return tree
 
 
@@ -224,14 +231,35 @@ def init_cache(
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
 
+def entries(
+    k: Float[Array, "*B K T H"], v: Float[Array, "*B K T H"], *, rounded: bool
+) -> dict[str, jax.Array]:
+    """What is written of new keys and values, by the name of a layer's leaf."""
+    if not rounded:
+        return {"k": k, "v": v}
+    keys, values = quantized.rounded(k), quantized.rounded(v)
+    return {
+        **{"k": keys.values, "k_scale": keys.scales},
+        **{"v": values.values, "v_scale": values.scales},
+    }
+
+
+def held(leaves: Mapping[str, jax.Array]) -> tuple[Any, Any]:
+    """Keys and values of a layer's leaves, as `attend` takes them."""
+    if "k_scale" not in leaves:
+        return leaves["k"], leaves["v"]
+    k, v = (quantized.Rounded(leaves[n], leaves[f"{n}_scale"]) for n in "kv")
+    return k, v
+
+
 @functools.partial(jax.jit, static_argnames="rule", inline=True)
 def write(
-    leaf: Float[Array, "*B K S H"],
-    new: Float[Array, "*B K T H"],
+    leaf: Num[Array, "*B K S H"],
+    new: Num[Array, "*B K T H"],
     positions: Int[Array, "*B"],
     counts: Int[Array, "*B"],
     rule: SlotRule = SlotRule(),
-) -> Float[Array, "*B K S H"]:
+) -> Num[Array, "*B K S H"]:
     """Stores the first `counts` tokens of each row of `new`, the first at `positions`.
 
     No other slot changes, whatever the positions: without a ring, tokens beyond the
@@ -466,14 +494,16 @@ def grow_cache(
     return grown
 
 
-def padded(leaf: Float[Array, "*B K S H"], slots: int) -> Float[Array, "*B K slots H"]:
+def padded(leaf: Num[Array, "*B K S H"], slots: int) -> Num[Array, "*B K slots H"]:
     """A leaf with empty slots behind its own, `slots` in all."""
     added = [(0, 0)] * (leaf.ndim - 2) + [(0, slots - leaf.shape[-2]), (0, 0)]
     return jnp.pad(leaf, added)
 
 
-def _leaves(cache: Cache) -> list[Any]:
-    return [leaf for leaf in jax.tree.leaves(dict(cache)) if len(leaf.shape) > 1]
+def _entries(cache: Cache) -> list[Any]:
+    """The leaves of keys and values, without lengths and scales."""
+    leaves = jax.tree.leaves(dict(cache))
+    return [leaf for leaf in leaves if len(leaf.shape) > 1 and leaf.shape[-1] > 1]
 
 
 def _slots(config: ModelConfig, cache: Cache) -> list[int]:

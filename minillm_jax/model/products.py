@@ -26,9 +26,9 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Int8
 
-from minillm_jax.model.quantized import Quantized, rounded
+from minillm_jax.model.quantized import LARGEST, Quantized, rounded
 
 CPU_PARTS = 4  # of one row: enough of them to keep the cores of a CPU at the memory
 
@@ -83,9 +83,18 @@ def product(
 
 @functools.partial(jax.jit, static_argnames="axes", inline=True)
 def batched_product(
-    axes: str, rows: Float[Array, "*axes G T I"], matrices: Float[Array, "..."]
+    axes: str,
+    rows: Float[Array, "*axes G T I"],
+    matrices: Float[Array, "..."] | Int8[Array, "..."],
 ) -> Float[Array, "*axes G T O"]:
     """The einsum `axes` of G x T rows with a matrix of their own each, in float32."""
+    if matrices.dtype == jnp.int8:
+        return jax.lax.platform_dependent(
+            rows,
+            matrices,
+            cpu=functools.partial(_in_two_digits, axes),
+            default=lambda x, y: batched_product(axes, x, y.astype(x.dtype)),
+        )
 
     def whole(rows, matrices):
         return jnp.einsum(axes, rows, matrices, preferred_element_type=jnp.float32)
@@ -135,6 +144,22 @@ def _w8a8(x: Float[Array, "R I"], kernel: Quantized) -> Float[Array, "R O"]:
         preferred_element_type=jnp.int32,
     )
     return sums[: len(x)].astype(jnp.float32) * scales * kernel.scales[None]
+
+
+def _in_two_digits(axes: str, rows, matrices):
+    """int8 x int8 -> int32, each row as two: whole numbers, and what these leave.
+
+    So a row keeps 15 bits, where 8 would lose what a softmax gives to most of its
+    keys; and a single one is the two that make the product native.
+    """
+    inputs = rows.shape[-1]
+    largest = min(LARGEST, (2**31 - 1) // (LARGEST * inputs))  # no sum passes int32
+    first, scales = rounded(rows, largest)
+    rest = jnp.round((rows / scales - first) * (2 * largest)).astype(jnp.int8)
+    both = jnp.concatenate([first, rest], axis=-2)
+    sums = jnp.einsum(axes, both, matrices, preferred_element_type=jnp.int32)
+    high, low = jnp.split(sums.astype(jnp.float32), 2, axis=-2)
+    return (high + low / (2 * largest)) * scales
 
 
 def _twice(x, axis: int):

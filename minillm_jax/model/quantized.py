@@ -1,4 +1,4 @@
-"""int8 kernels: half the bytes of bfloat16, and what they are multiplied with.
+"""int8: half the bytes of bfloat16, and what they are multiplied with.
 
 A kernel is stored as whole numbers from -127 to 127 and, for each of its output
 features, the scale that makes the numbers of it again (symmetric, by the largest one).
@@ -11,6 +11,9 @@ Both modes apply the scale behind the product, so that no kernel is made of it:
             (ZeroQuant's dynamic token-wise activations, arXiv:2206.01861), and the
             product is int8 x int8 -> int32
 
+Keys and values of a cache are rounded in the same way, each head of a token by its own
+largest number; see `Rounded`.
+
 Axes: I input features, O output features.
 """
 
@@ -18,7 +21,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,12 +56,24 @@ class Quantized:
         return self.shape[:-1] if self.inputs < 0 else self.shape[self.inputs :]
 
 
-def rounded(x: Float[Array, "*rows I"]) -> tuple[jax.Array, jax.Array]:
-    """int8 `[*rows, I]` and float32 scales `[*rows, 1]`, whose product is about `x`."""
+class Rounded(NamedTuple):
+    """Rows of whole numbers: `values * scales` is about what they stand for."""
+
+    values: Any  # int8 [*rows, I]
+    scales: Any  # float32 [*rows, 1]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the values."""
+        return self.values.shape
+
+
+def rounded(x: Float[Array, "*rows I"], largest: int = LARGEST) -> Rounded:
+    """Each row as whole numbers up to `largest`."""
     x = x.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
-    scales = jnp.maximum(largest, jnp.finfo(jnp.float32).tiny * LARGEST) / LARGEST
-    return jnp.round(x / scales).astype(jnp.int8), scales
+    most = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+    scales = jnp.maximum(most, jnp.finfo(jnp.float32).tiny * largest) / largest
+    return Rounded(jnp.round(x / scales).astype(jnp.int8), scales)
 
 
 @functools.partial(jax.jit, static_argnames=("inputs", "mode"))

@@ -8,10 +8,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from minillm_jax.model import cache as kv
 from minillm_jax.model import layers, products
+from minillm_jax.model.quantized import Rounded
 
 MASKED = -1e30  # finite: a query that sees nothing gets a mean, not NaN
 
@@ -45,10 +47,15 @@ def visible(queries: Places, keys: Places, rule: kv.SlotRule) -> Bool[Array, "*B
 
 
 def scores(
-    q: Float[Array, "*B K G T H"], k: Float[Array, "*B K S H"], scoring: Scoring
+    q: Float[Array, "*B K G T H"],
+    k: Float[Array, "*B K S H"] | Rounded,
+    scoring: Scoring,
 ) -> Float[Array, "*B K G T S"]:
     """Before the mask, float32."""
-    found = products.batched_product("...KGTH,...KSH->...KGTS", q, k)
+    keys = k.values if isinstance(k, Rounded) else k
+    found = products.batched_product("...KGTH,...KSH->...KGTS", q, keys)
+    if isinstance(k, Rounded):
+        found *= _over_queries(k.scales)
     return layers.softcap(found * scoring.scale, scoring.softcap)
 
 
@@ -62,9 +69,26 @@ def over_heads(mask: Bool[Array, "*B T S"]) -> Bool[Array, "*B 1 1 T S"]:
     return mask[..., None, None, :, :]
 
 
-def mix(weights: jax.Array, v: jax.Array) -> Float[Array, "*B K G T H"]:
-    """The values by their weights, summed in float32."""
+def mix(
+    weights: Float[Array, "*B K G T S"],
+    v: Float[Array, "*B K S H"] | Rounded,
+    dtype: DTypeLike,
+) -> Float[Array, "*B K G T H"]:
+    """The values by their weights, summed in float32.
+
+    Weights are multiplied in the dtype of floats, of int8 values in `dtype`.
+    """
+    if isinstance(v, Rounded):
+        weights, v = weights * _over_queries(v.scales), v.values
+    else:
+        dtype = v.dtype
+    weights = weights.astype(dtype)
     return products.batched_product("...KGTS,...KSH->...KGTH", weights, v)
+
+
+def _over_queries(scales: Float[Array, "*B K S 1"]) -> Float[Array, "*B K 1 1 S"]:
+    """Scales of keys or values, for scores."""
+    return jnp.swapaxes(scales, -1, -2)[..., None, :, :]
 
 
 def split(x: jax.Array, axis: int, block: int) -> jax.Array:
