@@ -60,6 +60,7 @@ BUDGETS = {
     # Activations are rounded to 1 part in 127 of a row's largest: a difference in the
     # last place of float32 may be one in the last of these.
     "w8a8": Budget(0.06, 5e-3),
+    "int8": Budget(0.06, 5e-3),  # keys and values, rounded in the same way
 }
 
 

@@ -30,6 +30,7 @@ from jaxtyping import Array, Float, Int, Int8
 
 from minillm_jax.model.quantized import LARGEST, Quantized, rounded
 
+DIGITS = 3  # of a row of floats in int8: the bits of a float32
 CPU_PARTS = 4  # of one row: enough of them to keep the cores of a CPU at the memory
 
 
@@ -92,7 +93,7 @@ def batched_product(
         return jax.lax.platform_dependent(
             rows,
             matrices,
-            cpu=functools.partial(_in_two_digits, axes),
+            cpu=functools.partial(_in_digits, axes),
             default=lambda x, y: batched_product(axes, x, y.astype(x.dtype)),
         )
 
@@ -146,20 +147,24 @@ def _w8a8(x: Float[Array, "R I"], kernel: Quantized) -> Float[Array, "R O"]:
     return sums[: len(x)].astype(jnp.float32) * scales * kernel.scales[None]
 
 
-def _in_two_digits(axes: str, rows, matrices):
-    """int8 x int8 -> int32, each row as two: whole numbers, and what these leave.
+def _in_digits(axes: str, rows, matrices):
+    """int8 x int8 -> int32, each row as DIGITS: whole numbers, and what these leave.
 
-    So a row keeps 15 bits, where 8 would lose what a softmax gives to most of its
-    keys; and a single one is the two that make the product native.
+    One alone would lose the weight that a softmax gives to most of many keys. The
+    memory is read once for all of them, and several rows are what is native.
     """
     inputs = rows.shape[-1]
     largest = min(LARGEST, (2**31 - 1) // (LARGEST * inputs))  # no sum passes int32
+    base = 2 * largest  # a digit leaves a half at most
     first, scales = rounded(rows, largest)
-    rest = jnp.round((rows / scales - first) * (2 * largest)).astype(jnp.int8)
-    both = jnp.concatenate([first, rest], axis=-2)
-    sums = jnp.einsum(axes, both, matrices, preferred_element_type=jnp.int32)
-    high, low = jnp.split(sums.astype(jnp.float32), 2, axis=-2)
-    return (high + low / (2 * largest)) * scales
+    digits, left = [first], rows / scales - first
+    for _ in range(DIGITS - 1):
+        digit = jnp.round(left * base)
+        digits, left = [*digits, digit.astype(jnp.int8)], left * base - digit
+    given = jnp.concatenate(digits, axis=-2)
+    sums = jnp.einsum(axes, given, matrices, preferred_element_type=jnp.int32)
+    parts = jnp.split(sums.astype(jnp.float32), DIGITS, axis=-2)
+    return sum(part / base**place for place, part in enumerate(parts)) * scales
 
 
 def _twice(x, axis: int):

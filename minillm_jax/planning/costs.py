@@ -55,9 +55,13 @@ def weight_bytes(config: ModelConfig) -> int:
 
 
 def cache_bytes(config: ModelConfig, batch_size: int, slots: Sequence[int]) -> int:
-    """Bytes of the keys and values in each layer's `slots`, of every row."""
-    per_slot = 2 * config.num_kv_heads * config.head_dim
-    return batch_size * sum(slots) * per_slot * itemsize(config.cache_dtype)
+    """Bytes of the keys and values in each layer's `slots`, of every row.
+
+    The float32 scales of int8 ones included.
+    """
+    head = config.head_dim * itemsize(config.cache_dtype)
+    head += 4 if config.cache_dtype == "int8" else 0
+    return batch_size * sum(slots) * 2 * config.num_kv_heads * head
 
 
 def seen(config: ModelConfig, context: int) -> list[int]:

@@ -187,7 +187,8 @@ class Workload:
             copies += (costs.parameters(config) - kernels) * size
         if platform == "cpu" and config.quantization == "w8a16":
             copies += kernels * size
-        if config.cache_dtype != config.dtype:  # a layer's at a time
+        as_stored = platform == "cpu" and config.cache_dtype == "int8"
+        if config.cache_dtype != config.dtype and not as_stored:  # a layer's at a time
             copies += largest * size // costs.itemsize(config.cache_dtype)
         return copies
 

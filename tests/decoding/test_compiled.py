@@ -1,9 +1,10 @@
 """What XLA makes of a decode: no copy of the cache, little temporary memory.
 
-Float32 caches of at least 8 MB, so that logits and activations do not hide a copy.
+Caches of at least 8 MB, so that logits and activations do not hide a copy.
 """
 
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -39,8 +40,14 @@ def mixed():
     return mj.create_model(CONFIG.replace(sliding_window=1024, global_layers=(1,)))
 
 
+@pytest.fixture(scope="module")
+def rounded():
+    """With keys and values in int8."""
+    return mj.create_model(CONFIG.replace(cache_dtype="int8", max_kv_cache_len=16384))
+
+
 def _compiled(model, batch_size, kind, policy):
-    """A decode, the bytes of its cache, and the shapes of the leaves."""
+    """A decode, the bytes of its cache, and its leaves without repetition."""
     config = model.config
     params = jax.eval_shape(lambda: mj.init_params(model))
     cache = jax.eval_shape(lambda: mj.init_cache(config, batch_size, policy=policy))
@@ -75,8 +82,8 @@ def _compiled(model, batch_size, kind, policy):
         )
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
     assert size >= 8e6
-    shapes = {leaf.shape for leaf in jax.tree.leaves(cache) if leaf.ndim > 1}
-    return lowered.compile(), size, shapes
+    leaves = {leaf for leaf in jax.tree.leaves(cache) if leaf.ndim > 1}
+    return lowered.compile(), size, leaves
 
 
 @pytest.mark.parametrize(
@@ -96,17 +103,34 @@ def test_decode_with_mixed_layers_never_copies_a_leaf(mixed):
     assert_in_place(mixed, 1, "chunk", "error")
 
 
+@pytest.mark.parametrize("policy", ["error", "ring"])
+@pytest.mark.parametrize("kind", ["step", "chunk", "prefill"])
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_keys_and_values_in_int8_are_read_as_they_are(
+    rounded, batch_size, kind, policy
+):
+    """No copy of them, and no array of their shape in another dtype."""
+    text = assert_in_place(rounded, batch_size, kind, policy)
+    slots = 16384 + (CONFIG.prefill_chunk - 1 if policy == "ring" else 0)
+    shape = rf"\[(?:{batch_size},)?2,{slots},64\]"
+    assert set(re.findall(rf"\b(\w+){shape}", text)) == {"s8"}
+
+
 def assert_in_place(model, batch_size, kind, policy):
     overflow = mj.CachePolicy(overflow=policy)
-    compiled, size, shapes = _compiled(model, batch_size, kind, overflow)
-    assert len(shapes) == (2 if model.config.global_layers else 1)
+    compiled, size, leaves = _compiled(model, batch_size, kind, overflow)
+    several = model.config.global_layers or model.config.cache_dtype == "int8"
+    assert len(leaves) == (2 if several else 1)
     text = compiled.as_text()
-    for shape in shapes:
-        assert f"f32[{','.join(map(str, shape))}]" in text, "not the leaf's shape"
-        assert hlo.Module(text).copies(shape) == []
+    for leaf in leaves:
+        kind = {"float32": "f32", "int8": "s8"}[leaf.dtype.name]
+        dims = ",".join(map(str, leaf.shape))
+        assert f"{kind}[{dims}]" in text, "not the leaf's shape"
+        assert hlo.Module(text).copies(leaf.shape) == []
     memory = compiled.memory_analysis()
     assert memory.temp_size_in_bytes <= 0.1 * size
     assert memory.alias_size_in_bytes >= size
+    return text
 
 
 def test_the_gate_sees_a_planted_copy(model):

@@ -33,12 +33,13 @@ def model_of(**changes):
         {},
         {"dtype": "bfloat16", "param_dtype": "bfloat16", "cache_dtype": "bfloat16"},
         {"cache_dtype": "bfloat16"},
+        {"cache_dtype": "int8"},
         pytest.param(
             {"sliding_window": 6, "qk_norm": True, "attention_softcap": 20.0},
             marks=pytest.mark.slow,
         ),
     ],
-    ids=["float32", "bfloat16", "bfloat16 cache", "window"],
+    ids=["float32", "bfloat16", "bfloat16 cache", "int8 cache", "window"],
 )
 def test_a_model_that_is_right_passes(changes):
     model, params = model_of(**changes)

@@ -502,6 +502,7 @@ def test_init_creates_no_cache_even_when_asked(mutable, tiny, key):
         ({}, mj.CachePolicy()),
         ({}, mj.CachePolicy(overflow="ring", num_sinks=2)),
         ({"sliding_window": 7, "cache_dtype": "bfloat16"}, mj.CachePolicy()),
+        ({"cache_dtype": "int8"}, mj.CachePolicy()),
     ],
 )
 def test_init_cache_makes_the_tree_that_the_module_returns(batch_size, changes, policy):

@@ -17,6 +17,7 @@ VARIATIONS = [
     {"qkv_bias": True, "qk_norm": True},
     {"tie_embeddings": True},
     {"param_dtype": "bfloat16", "cache_dtype": "bfloat16"},
+    {"cache_dtype": "int8", "num_kv_heads": 2},
     {"sliding_window": 8, "global_layers": (1,), "post_norms": True},
 ]
 

@@ -34,13 +34,17 @@ def shown(work, dtype, moment, planned, truth):
     )
 
 
+INT8 = {"quantization": "w8a8", "cache_dtype": "int8"}
+
+
+@pytest.mark.parametrize("int8", [{}, INT8], ids=["floats", "int8"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", mj.Configs.names)
-def test_prefill_and_decode_are_within_a_tenth(name, dtype):
+def test_prefill_and_decode_are_within_a_tenth(name, dtype, int8):
     if dtype == "bfloat16" and BEFORE_0_12:
         pytest.skip("promised from JAX 0.12 on")
-    config = mj.Configs.by_name(name).replace(dtype=dtype).resolve("cpu")
-    print(f"\n{name}")
+    config = mj.Configs.by_name(name).replace(dtype=dtype, **int8).resolve("cpu")
+    print(f"\n{name}{' in int8' if int8 else ''}")
     for rows in ROWS:
         for context in (256, config.max_seq_len, config.max_kv_cache_len):
             work = Workload(config=config, batch_size=rows, context=context)
