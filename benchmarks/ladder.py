@@ -19,13 +19,11 @@ import numpy as np
 from absl import flags
 from rich import console
 
-from benchmarks import decode_runs, measure, report
+from benchmarks import chunks, decode_runs, measure, report
 from minillm_jax import progress
 from minillm_jax.cli import app, config_files
 from minillm_jax.cli.app import UserError
 from minillm_jax.config import ModelConfig
-from minillm_jax.decoding import decode
-from minillm_jax.model import cache as kv
 from minillm_jax.model import transformer
 from minillm_jax.planning import costs, memory
 
@@ -202,23 +200,16 @@ class Ours:
     """The library's decode chunk."""
 
     def __init__(self, config: ModelConfig, rows: int, context: int):
-        model = transformer.create_model(config.replace(eos_token_ids=()))
-        self._params = transformer.init_params(model)
-        self._cache = kv.init_cache(config, rows, context + STEPS)
-        self._held = np.full(rows, context, np.int32)
-        self._tokens, self._active = np.zeros(rows, np.int32), np.ones(rows, bool)
-        given = (self._params, self._cache, self._tokens, self._active)
-        self._call = decode.decode_chunk.lower(model, *given, steps=STEPS).compile()
-        self.temp_bytes = _temp_bytes(self._call)
+        model = transformer.create_model(config)
+        params = transformer.init_params(model)
+        self._chunk = chunks.DecodeChunk(
+            model, params, rows, context=context, steps=STEPS
+        )
+        self.temp_bytes = self._chunk.temp_bytes
 
     def seconds(self) -> float:
         """Of a step."""
-        cache = self._cache | {"lengths": jax.device_put(self._held)}
-        start = time.perf_counter()
-        out = self._call(self._params, cache, self._tokens, self._active)
-        jax.block_until_ready(out.sampled)
-        self._cache = out.cache
-        return (time.perf_counter() - start) / STEPS
+        return self._chunk.seconds() / STEPS
 
 
 def _temp_bytes(executable: Any) -> int:
@@ -260,9 +251,11 @@ def benchmark(config: ModelConfig) -> dict[str, Any]:
     rows, context = FLAGS.batch_size, FLAGS.context
     if context > config.max_seq_len:
         raise UserError(f"--context={context}: at most {config.max_seq_len}")
-    for name in _UNKNOWN:
-        if getattr(config, name):
-            raise UserError(f"config.model.{name}: the textbook's forms do not have it")
+    asked = {name: getattr(config, name) for name in _UNKNOWN}
+    asked["quantization"] = config.quantization != "none"
+    asked["cache_dtype"] = config.cache_dtype == "int8"
+    for name in (name for name, wanted in asked.items() if wanted):
+        raise UserError(f"config.model.{name}: the textbook's forms do not have it")
     plan = memory.plan_memory(config, rows, context + STEPS)
     if not plan.fits:
         raise UserError(plan.refusal())

@@ -1,31 +1,33 @@
-"""int8 kernels beside the floats that they are of: tokens per second, and accuracy.
+"""int8 beside the floats that it stands for: tokens per second, and accuracy.
 
     python -m benchmarks.quantized --config=medium --batch_sizes=1,8
     python -m benchmarks.quantized --config=small --models=$(ls -dm tests/goldens/*/)
 
-The rates are of chunks of 16 decode steps, of each form in turn, from the same cache of
-random tokens; the first form is the config's own dtype. `--models` are folders whose
-logits are compared, of as many random tokens (a small random model is worse than a
-trained one: its logits are close together). Prints tables, then one JSON object as the
-last line.
+A form is a quantization of the kernels, "kv8" for keys and values in int8, or both,
+with a "+" between them. The rates are of chunks of 16 decode steps behind `--context`
+tokens, of each form in turn; the first one is the config's own dtype. `--models` are
+folders whose logits are compared, each token behind a cache of those before it: of a
+text where there is a tokenizer, else of random tokens, which a small random model knows
+so little of that its logits are close together. Prints tables, then one JSON object as
+the last line.
 """
 
-import functools
 import pathlib
 import statistics
-import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from rich import console
 
 from benchmarks import measure, report
+from benchmarks.chunks import DecodeChunk
 from minillm_jax.cli import app, config_files
 from minillm_jax.cli.app import UserError
-from minillm_jax.config import ModelConfig
-from minillm_jax.decoding import decode, verify
+from minillm_jax.config import QUANTIZATIONS, ModelConfig
+from minillm_jax.decoding import verify
 from minillm_jax.model import cache as kv
 from minillm_jax.model import quantized, transformer
 from minillm_jax.planning import costs, memory
@@ -34,65 +36,63 @@ from minillm_jax.weights import load
 FLAGS = flags.FLAGS
 STEPS, TOKENS = 16, 256
 WARM_UPS = 3
+FLOATS, CACHE = "none", "kv8"
+ACCURACY = (*quantized.MODES, CACHE, f"w8a8+{CACHE}")  # forms that are compared
 
 
 def define_flags() -> None:
     """Defines everything but --config."""
     flags.DEFINE_list("batch_sizes", ["1", "8"], "Rows.")
-    flags.DEFINE_list("modes", ["int8"], "Forms beside the floats.")
+    flags.DEFINE_list(
+        "forms", ["int8", CACHE, f"int8+{CACHE}"], "What is measured beside the floats."
+    )
     flags.DEFINE_integer("context", 128, "Tokens that a row holds.", lower_bound=1)
     flags.DEFINE_integer("rounds", 7, "Turns of each form.", lower_bound=1)
     flags.DEFINE_list("models", [], "Hugging Face folders to compare the logits of.")
     flags.DEFINE_string("json_path", None, "Also write the JSON object to this file.")
 
 
-class Decoding:
-    """A model's decode chunk, and its cache."""
-
-    def __init__(self, model: transformer.MiniLLM, params: Any, rows: int):
-        self._params, self._rows = params, rows
-        held = FLAGS.context + STEPS
-        self._cache = dict(kv.init_cache(model.config, rows, held))
-        self._tokens, self._active = np.zeros(rows, np.int32), np.ones(rows, bool)
-        given = (params, self._cache, self._tokens, self._active)
-        self._call = decode.decode_chunk.lower(model, *given, steps=STEPS).compile()
-        analysis: Any = self._call.memory_analysis()
-        self.temp_bytes = analysis.temp_size_in_bytes
-
-    def rate(self) -> float:
-        """Tokens per second of all rows, now."""
-        self._cache["lengths"] = jax.device_put(
-            np.full(self._rows, FLAGS.context, np.int32)
-        )
-        start = time.perf_counter()
-        out = self._call(self._params, self._cache, self._tokens, self._active)
-        jax.block_until_ready(out)
-        self._cache = dict(out.cache)
-        return self._rows * STEPS / (time.perf_counter() - start)
+def with_form(config: ModelConfig, form: str) -> ModelConfig:
+    """A config whose kernels or cache are in int8; raises UserError for other forms."""
+    for part in form.split("+"):
+        if part not in (*QUANTIZATIONS, CACHE):
+            known = ", ".join((*QUANTIZATIONS, CACHE))
+            raise UserError(f"--forms: {part!r} is none of {known}")
+        field = "cache_dtype" if part == CACHE else "quantization"
+        config = config.replace(**{field: "int8" if part == CACHE else part})
+    return config
 
 
 def speeds(config: ModelConfig) -> list[dict[str, Any]]:
     """Each form's rates, and their ratio to the floats' of the same turn."""
+    forms, made = [FLOATS, *FLAGS.forms], {}
+    models = [transformer.create_model(with_form(config, form)) for form in forms]
+    for model in models:  # forms of the same kernels share them
+        kernels = model.config.quantization
+        if kernels not in made:
+            made[kernels] = transformer.init_params(model)
     results = []
-    forms = ["none", *FLAGS.modes]
-    models = [transformer.create_model(config.replace(quantization=q)) for q in forms]
-    params = [transformer.init_params(model) for model in models]
     for rows in map(int, FLAGS.batch_sizes):
-        runs = [Decoding(m, p, rows) for m, p in zip(models, params, strict=True)]
-        rates: list[list[float]] = [[] for _ in runs]
-        for turn in range(WARM_UPS + FLAGS.rounds):
-            order = range(len(runs)) if turn % 2 else reversed(range(len(runs)))
-            for index in order:
-                rate = runs[index].rate()
-                if turn >= WARM_UPS:
-                    rates[index].append(rate)
-        for model, run, found in zip(models, runs, rates, strict=True):
+        runs = [
+            DecodeChunk(
+                *(model, made[model.config.quantization], rows),
+                context=FLAGS.context,
+                steps=STEPS,
+            )
+            for model in models
+        ]
+        rates = _rates(runs, rows)
+        for form, model, run, found in zip(forms, models, runs, rates, strict=True):
             pairs = zip(found, rates[0], strict=True)
+            held = costs.seen(model.config, FLAGS.context)
             results.append(
                 {
                     "batch_size": rows,
+                    "form": form,
                     "quantization": model.config.quantization,
+                    "cache_dtype": model.config.cache_dtype,
                     "weights_bytes": costs.weight_bytes(model.config),
+                    "cache_bytes": costs.cache_bytes(model.config, rows, held),
                     "temp_bytes": run.temp_bytes,
                     "decode_tokens_per_second": measure.spread(found),
                     "ratio": measure.spread([ours / floats for ours, floats in pairs]),
@@ -101,27 +101,39 @@ def speeds(config: ModelConfig) -> list[dict[str, Any]]:
     return results
 
 
+def _rates(runs: list[DecodeChunk], rows: int) -> list[list[float]]:
+    """Tokens per second of all rows, of each run in each turn."""
+    rates: list[list[float]] = [[] for _ in runs]
+    for turn in range(WARM_UPS + FLAGS.rounds):
+        order = range(len(runs)) if turn % 2 else reversed(range(len(runs)))
+        for index in order:
+            seconds = runs[index].seconds()
+            if turn >= WARM_UPS:
+                rates[index].append(rows * STEPS / seconds)
+    return rates
+
+
 def accuracy(folder: pathlib.Path) -> list[dict[str, Any]]:
     """What each form's logits of a folder are off by."""
     model, params, tokenizer = load.load_pretrained(folder, "float32")
     count = min(TOKENS, verify.longest(model.config))
-    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, count))
+    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, count)
     if tokenizer is not None:
         text = pathlib.Path(verify.__file__).read_text()
-        tokens = np.asarray([tokenizer.encode(text)[:count]])
-    forward = jax.jit(lambda model, *given: model.apply(*given), static_argnums=0)
-    given = tokens.astype(np.int32)
-    floats = forward(model, {"params": params}, given)
+        tokens = np.asarray(tokenizer.encode(text)[:count])
+    tokens = tokens.astype(np.int32)
+    floats = cached_logits(model, params, tokens)
     results = []
-    for mode in quantized.MODES:
-        other = transformer.create_model(model.config.replace(quantization=mode))
-        ours = forward(other, {"params": quantized.quantize(params, mode)}, given)
-        line = verify.compared(mode, ours, floats, verify.BUDGETS["w8a8"])
-        bits = [_bits_per_token(logits, given) for logits in (floats, ours)]
+    for form in ACCURACY:
+        other = transformer.create_model(with_form(model.config, form))
+        given = quantized.quantize(params, other.config.quantization)
+        ours = cached_logits(other, given, tokens)
+        line = verify.compared(form, ours, floats, verify.BUDGETS["w8a8"])
+        bits = [_bits_per_token(logits, tokens) for logits in (floats, ours)]
         results.append(
             {
                 "model": folder.name,
-                "quantization": mode,
+                "form": form,
                 "difference": line.relative,
                 "kl_nats": line.divergence,
                 "greedy_agreement": line.agreement,
@@ -131,9 +143,24 @@ def accuracy(folder: pathlib.Path) -> list[dict[str, Any]]:
     return results
 
 
-def _bits_per_token(logits: jax.Array, tokens: np.ndarray) -> float:
-    logp = np.asarray(jax.nn.log_softmax(logits[:, :-1]))
-    chosen = np.take_along_axis(logp, tokens[:, 1:, None], axis=-1)
+def cached_logits(
+    model: transformer.MiniLLM, params: Any, tokens: np.ndarray
+) -> np.ndarray:
+    """`[T, V]`, of each token behind a cache of those before it."""
+    cache, found = kv.init_cache(model.config, 1, len(tokens)), []
+    append = jax.jit(model.apply, static_argnames="mutable")
+    for start in range(0, len(tokens), model.config.prefill_chunk):
+        part = jnp.asarray(tokens[None, start : start + model.config.prefill_chunk])
+        variables = {"params": params, "cache": cache}
+        logits, updated = append(variables, part, mutable=("cache",))
+        cache = updated["cache"]
+        found.append(np.asarray(logits[0]))
+    return np.concatenate(found)
+
+
+def _bits_per_token(logits: np.ndarray, tokens: np.ndarray) -> float:
+    logp = np.asarray(jax.nn.log_softmax(logits[:-1]))
+    chosen = np.take_along_axis(logp, tokens[1:, None], axis=-1)
     return -float(chosen.mean()) / np.log(2)
 
 
@@ -157,14 +184,14 @@ def _show(result: dict[str, Any]) -> None:
         f"{result['device']['name']}, jax {result['versions']['jax']}, context "
         f"{result['context']}\n"
     )
-    shown = report.grid("batch", "kernels", "GB", "tok/s", "(min-max)", "ratio", "")
+    shown = report.grid("batch", "form", "GB", "cache", "tok/s", "", "ratio", "")
     for row in result["results"]:
         rate, ratio = row["decode_tokens_per_second"], row["ratio"]
-        kind = row["quantization"]
         shown.add_row(
             str(row["batch_size"]),
-            dtype if kind == "none" else kind,
+            dtype if row["form"] == FLOATS else row["form"],
             f"{row['weights_bytes'] / 1e9:.3g}",
+            f"{row['cache_bytes'] / 1e9:.3g}",
             report.rate(rate["median"]),
             report.least_and_most(rate),
             f"{ratio['median']:.2f}",
@@ -172,22 +199,30 @@ def _show(result: dict[str, Any]) -> None:
         )
     out.print(shown)
     if result["accuracy"]:
-        off = report.grid("model", "kernels", "max |d|", "KL", "greedy", "bits")
-        for row in result["accuracy"]:
-            off.add_row(
-                row["model"],
-                row["quantization"],
-                f"{row['difference']:.1e}",
-                f"{row['kl_nats']:.1e}",
-                f"{row['greedy_agreement']:.3f}",
-                f"{row['bits_per_token_ratio']:.4f}",
-            )
-        out.print("\nagainst the floats they are of, in float32:\n", off)
-        worst = functools.partial(max, result["accuracy"])
-        kl = worst(key=lambda row: row["kl_nats"])["kl_nats"]
-        agreed = statistics.mean(row["greedy_agreement"] for row in result["accuracy"])
-        out.print(f"\nKL at most {kl:.1e} nats; greedy tokens the same: {agreed:.3f}")
+        _show_accuracy(out, result["accuracy"])
     out.print()
+
+
+def _show_accuracy(out: console.Console, rows: list[dict[str, Any]]) -> None:
+    off = report.grid("model", "form", "max |d|", "KL", "greedy", "bits")
+    for row in rows:
+        off.add_row(
+            row["model"],
+            row["form"],
+            f"{row['difference']:.1e}",
+            f"{row['kl_nats']:.1e}",
+            f"{row['greedy_agreement']:.3f}",
+            f"{row['bits_per_token_ratio']:.4f}",
+        )
+    out.print("\nagainst the floats they are of, in float32:\n", off, "")
+    for form in ACCURACY:
+        mine = [row for row in rows if row["form"] == form]
+        bits = [row["bits_per_token_ratio"] for row in mine]
+        agreed = statistics.mean(row["greedy_agreement"] for row in mine)
+        out.print(
+            f"{form}: KL at most {max(row['kl_nats'] for row in mine):.1e} nats; greedy "
+            f"tokens the same: {agreed:.3f}; bits {min(bits):.4f} to {max(bits):.4f}"
+        )
 
 
 def main(config: Any) -> None:

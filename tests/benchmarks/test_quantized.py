@@ -32,13 +32,17 @@ def test_rates_and_accuracy_are_told(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    floats, int8 = found["results"]
+    floats, kernels, cache, both = found["results"]
     assert floats["quantization"] == "none"
-    assert int8["quantization"] in ("w8a8", "w8a16")
+    assert kernels["quantization"] in ("w8a8", "w8a16")
+    assert both["quantization"] == kernels["quantization"]
+    assert both["cache_dtype"] == cache["cache_dtype"] == "int8"
     assert floats["ratio"] == {"median": 1.0, "min": 1.0, "max": 1.0}
-    assert int8["weights_bytes"] < floats["weights_bytes"] / 2
+    assert kernels["weights_bytes"] < floats["weights_bytes"] / 2
+    assert cache["cache_bytes"] < floats["cache_bytes"] / 2
+    forms = [row["form"] for row in found["accuracy"]]
+    assert forms == ["w8a16", "w8a8", "kv8", "w8a8+kv8"]
     for row in found["accuracy"]:
-        assert row["kl_nats"] < 0.05
+        assert 0 < row["kl_nats"] < (0.005 if row["form"] == "kv8" else 0.05)
         assert abs(row["bits_per_token_ratio"] - 1) < 0.01
-    assert [row["quantization"] for row in found["accuracy"]] == ["w8a16", "w8a8"]
     assert json.loads((tmp_path / "x.json").read_text()) == found
