@@ -65,6 +65,6 @@ def _draw_case(ax: Any, case: dict[str, Any]) -> None:
 
 
 def _colour(name: str) -> str:
-    if name == peers.OURS:
+    if name.startswith(peers.OURS):
         return _OURS
     return _SMALLER if name.endswith(_SMALL) else _FLOAT32

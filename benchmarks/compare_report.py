@@ -39,6 +39,7 @@ _COLUMNS = {
         "\n(min-max)": _spread("decode_tokens_per_second"),
         "\nours/peer": _median("decode_ours_to_peer"),
         " \n(min-max)": _spread("decode_ours_to_peer"),
+        "int8\n/peer": _median("decode_int8_to_peer"),
         "\nMBU": _plain("mbu"),
         "same\ntokens": _plain("same_tokens"),
     },
@@ -73,6 +74,7 @@ def show(result: dict[str, Any]) -> None:
             out.print(_grid(columns, case["peers"]))
     out.print(
         "\ntok/s: all rows together. ours/peer: median of the ratios within rounds.\n"
+        "int8/peer: the same of ours_int8, with kernels and cache in int8.\n"
         "of a product: FLOP/s over those of one large float32 product beside it.\n"
         "MBU: the bytes a step must read over its time, as a share of the bandwidth.\n"
         "same tokens: share of the tokens equal to ours until a row first differs.\n"

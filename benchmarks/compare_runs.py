@@ -147,8 +147,8 @@ def run(
         _decode_round(field, timings, turn, case.new_tokens - 1, probes.bandwidth)
 
     alive = {name: timings[name] for name in timings if name in field.workers}
-    ours, flops = alive.get(peers.OURS), _prefill_flops(config, case)
-    summaries = {n: _summary(case, flops, t, ours) for n, t in alive.items()}
+    flops = _prefill_flops(config, case)
+    summaries = {n: _summary(case, flops, t, alive) for n, t in alive.items()}
     return {
         "batch_size": rows,
         "context": case.context,
@@ -210,14 +210,16 @@ def _warm_up(field: Field, case: Case, prompt: list[Any]) -> dict[str, Timings]:
 
 
 def _summary(
-    case: Case, flops: int, timing: Timings, ours: Timings | None
+    case: Case, flops: int, timing: Timings, alive: dict[str, Timings]
 ) -> dict[str, Any]:
+    ours, int8 = alive.get(peers.OURS), alive.get(peers.OURS_INT8)
     prompt = case.batch_size * case.prompt_tokens
     return {
         "prefill_tokens_per_second": _rates(prompt, timing.prefill),
         "decode_tokens_per_second": _rates(case.batch_size, timing.decode),
         "prefill_ours_to_peer": ours and _ratios(ours.prefill, timing.prefill),
         "decode_ours_to_peer": ours and _ratios(ours.decode, timing.decode),
+        "decode_int8_to_peer": int8 and _ratios(int8.decode, timing.decode),
         "prefill_product_share": _share(flops, timing.prefill, timing.products),
         "bytes_per_step": timing.step_bytes,
         "mbu": _share(timing.step_bytes, timing.decode, timing.reads),

@@ -14,7 +14,7 @@ import numpy as np
 
 from minillm_jax.config import ConfigError, ModelConfig
 
-OURS, TUTORIAL = "ours", "tutorial_jax"
+OURS, OURS_INT8, TUTORIAL = "ours", "ours_int8", "tutorial_jax"
 
 
 class Peer(Protocol):
@@ -58,6 +58,8 @@ _TORCH = Kind("torch_models", {"torch": "torch", "transformers": "transformers"}
 _LLAMA_CPP = Kind("llama_cpp_models", {"llama_cpp": "llama-cpp-python", "gguf": "gguf"})
 PEERS = {
     OURS: Kind("ours"),
+    "ours_w8a8": Kind("ours"),
+    OURS_INT8: Kind("ours"),
     TUTORIAL: Kind("tutorial_jax"),
     "transformers_eager": _TORCH,
     "transformers_compiled": _TORCH,

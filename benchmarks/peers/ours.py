@@ -1,4 +1,7 @@
-"""This library: `prefill`, and all steps of a decode in one `decode_chunk`."""
+"""This library: `prefill`, and all steps of a decode in one `decode_chunk`.
+
+As its config is, with kernels in int8, or with keys and values in int8 too.
+"""
 
 import pathlib
 from typing import Any
@@ -6,13 +9,20 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import decode_runs
+from benchmarks import decode_runs, peers
 from minillm_jax.config import ModelConfig
 from minillm_jax.decoding import decode
 from minillm_jax.model import cache as kv
 from minillm_jax.model.transformer import MiniLLM
 from minillm_jax.planning import costs
 from minillm_jax.weights import load as weights
+
+
+INT8 = {
+    peers.OURS: {},
+    "ours_w8a8": {"quantization": "w8a8"},
+    peers.OURS_INT8: {"quantization": "w8a8", "cache_dtype": "int8"},
+}
 
 
 class Ours:
@@ -52,6 +62,7 @@ class Ours:
 
 
 def load(name: str, folder: pathlib.Path, config: ModelConfig, threads: int) -> Ours:
-    """The model as it is; XLA takes as many threads as there are cores."""
+    """The model; XLA takes as many threads as there are cores."""
+    config = config.replace(**INT8[name])
     params = weights.read_params(folder, config, weights.read_family(folder))
     return Ours(MiniLLM(config), params)

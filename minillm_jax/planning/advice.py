@@ -120,6 +120,10 @@ def _of_model(plan: MemoryPlan, trained: bool) -> Iterator[Change]:
     names = ("dtype",) if training else ("dtype", "param_dtype", "cache_dtype")
     if any(costs.itemsize(getattr(config, name)) == 4 for name in names):
         yield Change(dict.fromkeys(names, "bfloat16"))
+    if not training and config.quantization == "none":
+        yield Change({"quantization": "int8"})
+    if not training and config.cache_dtype != "int8":
+        yield Change({"cache_dtype": "int8"})
     heads = config.num_kv_heads
     fewer = next((heads // part for part in (4, 2) if heads % part == 0), 0)
     if fewer and not trained and not training:
@@ -180,7 +184,8 @@ def _advice(plan: MemoryPlan, change: Change) -> Advice:
     work, device = plan.workload, plan.device
     before = memory.plan(work, device).total_bytes
     rows = work.batch_size if change.batch_size is None else change.batch_size
-    work = dataclasses.replace(work.with_model(**change.model), batch_size=rows)
+    work = work.with_model(device.platform, **change.model)
+    work = dataclasses.replace(work, batch_size=rows)
     if change.context is not None:
         work = dataclasses.replace(work, capacity=None).with_context(change.context)
     if change.memory_fraction is not None:

@@ -58,10 +58,10 @@ class Workload:
         config = of_length(longer, context, training=self.training)
         return dataclasses.replace(self, config=config, context=context, longer=longer)
 
-    def with_model(self, **changes: Any) -> "Workload":
-        """The same with other fields of the config."""
-        longer = self.longer and self.longer.replace(**changes)
-        config = self.config.replace(**changes)
+    def with_model(self, platform: str, /, **changes: Any) -> "Workload":
+        """The same with other fields of the config, resolved for a JAX platform."""
+        longer = self.longer and self.longer.replace(**changes).resolve(platform)
+        config = self.config.replace(**changes).resolve(platform)
         return dataclasses.replace(self, config=config, longer=longer)
 
     @property

@@ -13,6 +13,7 @@ import pytest
 
 import minillm_jax as mj
 from benchmarks import compare_report, compare_runs, measure, peers, workers
+from benchmarks.peers import ours
 from minillm_jax import testing
 from minillm_jax.cli import config_files
 from minillm_jax.config import ConfigError
@@ -29,8 +30,9 @@ def get_config():
     config.compare.peers = ("ours", "tutorial_jax")
     return config
 """
-ALWAYS = [name for name, kind in peers.PEERS.items() if not kind.packages]
-FLOAT32 = [n for n in peers.PEERS if n not in ALWAYS and n.endswith(("eager", "f32"))]
+INT8 = ["ours_w8a8", "ours_int8"]
+ALWAYS = [n for n, kind in peers.PEERS.items() if not kind.packages and n not in INT8]
+FLOAT32 = [n for n in peers.PEERS if n.endswith(("eager", "f32"))]
 ROWS, PROMPT, STEPS = 2, 21, 12
 
 
@@ -83,6 +85,17 @@ def test_a_peer_gives_the_tokens_of_full_forwards_from_the_same_state_each_time(
         for _ in range(2):
             np.testing.assert_array_equal(peer.decode(STEPS), greedy[:, 1:])
     assert peer.step_bytes(2, 30) > peer.step_bytes(1, 30) > 0
+
+
+@pytest.mark.parametrize("name", INT8)
+def test_ours_in_int8_is_the_same_each_time(name, model, folder, prompt, greedy):
+    peer = ours.load(name, folder, model.config, 1)
+    peer.begin(ROWS, PROMPT + STEPS + 1)
+    np.testing.assert_array_equal(peer.prefill(prompt), greedy[:, 0])
+    found = [peer.decode(STEPS) for _ in range(2)]
+    np.testing.assert_array_equal(*found)
+    plain = ours.load("ours", folder, model.config, 1)
+    assert peer.step_bytes(1, 30) < plain.step_bytes(1, 30)
 
 
 @pytest.mark.parametrize("name", FLOAT32)
@@ -209,7 +222,8 @@ def test_a_busy_machine_is_told(capsys, busy, told):
     row = dict.fromkeys(
         ("prefill_tokens_per_second", "decode_tokens_per_second"), spread
     )
-    row |= dict.fromkeys(("prefill_ours_to_peer", "decode_ours_to_peer"))
+    ratios = ("prefill_ours_to_peer", "decode_ours_to_peer", "decode_int8_to_peer")
+    row |= dict.fromkeys(ratios)
     row |= {"prefill_product_share": 0.5, "mbu": 0.5, "same_tokens": None}
     case = {"batch_size": 1, "context": 40, "prompt_tokens": 32, "busy_before": busy}
     case |= {"product_gflop_per_s": 1.0, "bandwidth_gb_per_s": 1.0}

@@ -402,8 +402,9 @@ def test_what_a_refusal_advises_can_be_given_and_fits(monkeypatch, overflow, gig
             *(generate.memory, "find_device"),
             lambda name: dataclasses.replace(device, memory_fraction=0.95),
         )
-    given = re.findall(r"--config\.model\.(\w+)=(\d+)", words)
-    config = config.replace(**{name: int(number) for name, number in given})
+    given = re.findall(r"--config\.model\.(\w+)=(\w+)", words)
+    values = {name: int(v) if v.isdigit() else v for name, v in given}
+    config = config.replace(**values)
     assert config.max_kv_cache_len >= least
     tokens = min(9000, config.max_kv_cache_len)
     assert generate.planned(config, policy, tokens).fits

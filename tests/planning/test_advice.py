@@ -100,6 +100,25 @@ def test_rows_and_context_are_cut_together_before_one_is_cut_to_nothing():
     assert fitting.change.context > 1024
 
 
+def test_int8_comes_after_narrower_floats_and_before_another_model():
+    config = mj.Configs.large().replace(dtype="float32", param_dtype="float32")
+    plan = mj.plan_memory(config, 1, device="t4")
+    changes = [one.change.model for one in advice.singles(plan)]
+    order = [name for change in changes for name in change]
+    assert order.index("quantization") > order.index("param_dtype")
+    assert order.index("num_kv_heads") > order.index("quantization")
+    assert changes.count({"cache_dtype": "int8"}) == 1
+    found = mj.plan_memory(mj.Configs.xlarge(), 1, 256, device="t4")
+    fitting = advice.until_it_fits(found, advice.singles(found))
+    assert fitting.change.model == {"quantization": "int8"}
+    assert fitting.plan.config.quantization == "w8a16"
+    kept = mj.Configs.xlarge().replace(quantization="w8a16", cache_dtype="int8")
+    models = [
+        one.change.model for one in advice.singles(mj.plan_memory(kept, device="t4"))
+    ]
+    assert {"num_kv_heads"} == {name for model in models for name in model}
+
+
 def test_a_training_step_is_advised_to_store_less():
     plan = mj.plan_memory(mj.Configs.large(), device="a100-40gb", training=True)
     fitting = advice.until_it_fits(plan, advice.singles(plan))
@@ -152,8 +171,8 @@ def test_all_the_levers_are_there():
 
     dtypes = {"dtype", "param_dtype", "cache_dtype"}
     call = {"batch_size", "context", "memory_fraction"}
-    assert named() == dtypes | {"num_kv_heads"} | call
-    assert named(trained=True) == dtypes | call
+    assert named() == dtypes | {"quantization", "num_kv_heads"} | call
+    assert named(trained=True) == dtypes | {"quantization"} | call
     assert named(training=True) == {"remat", "dtype"} | call
 
 
