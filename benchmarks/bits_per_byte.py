@@ -73,7 +73,7 @@ def _corpus(config: Any, tokenizer: Any, scratch: str) -> Corpus:
 
 def main() -> None:
     """Measures, then prints."""
-    report.check_writable(FLAGS.json_path, "json_path")
+    report.check_writable(FLAGS.json_path, "--json_path")
     folder = _folder()
     model, params, tokenizer = load.load_pretrained(
         folder, FLAGS.dtype, quantization=FLAGS.quantization
@@ -138,8 +138,9 @@ def _show(result: dict[str, Any]) -> None:
         f"{result['num_tokens']} tokens; trained on: {seen}\n"
     )
     shown = report.grid("", "bits per byte")
-    kinds = {config["dtype"]: 0, config["quantization"]: 0}
-    ours = ", ".join([result["folder"], *(kind for kind in kinds if kind != "none")])
+    ours = f"{result['folder']}, {config['dtype']}"
+    if config["quantization"] != "none":
+        ours += f", {config['quantization']}"
     rates = {ours: result["bits_per_byte"], **result["compressors"]}
     for name, rate in rates.items():
         shown.add_row(name, f"{rate:.3f}")

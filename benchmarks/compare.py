@@ -83,8 +83,8 @@ def _check_machine(
     device = jax.devices()[0]
     if device.platform != "cpu":
         raise app.UserError("compares on the CPU: set JAX_PLATFORMS=cpu before it")
-    report.check_writable(settings.json_path, "compare.json_path")
-    report.check_plot(settings.plot_path, "compare.plot_path")
+    report.check_writable(settings.json_path, "config.compare.json_path")
+    report.check_plot(settings.plot_path, "config.compare.plot_path")
     running = [name for name in names if not peers.missing(name)]
     held = sum(_held_bytes(name, model.config, cases) for name in running)
     available = machine.available_bytes(device)

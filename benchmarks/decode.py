@@ -29,7 +29,7 @@ def benchmark(config: Any) -> dict[str, Any]:
     model = transformer.create_model(config_files.model_config(config))
     settings = fit.numbers(model.config, config_files.decode_settings(config))
     report.check_writable(settings.json_path)
-    report.check_plot(settings.plot_path, "decode.plot_path")
+    report.check_plot(settings.plot_path, "config.decode.plot_path")
     shapes = decode_runs.shapes(model.config, settings)
     trained = model_folder.folder(config) is not None
     fit.check(model.config, settings, trained=trained)

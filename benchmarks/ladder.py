@@ -319,7 +319,7 @@ def _show(result: dict[str, Any]) -> None:
 
 def main(config: Any) -> None:
     """Measures, then prints."""
-    report.check_writable(FLAGS.json_path, "json_path")
+    report.check_writable(FLAGS.json_path, "--json_path")
     result = benchmark(config_files.model_config(config))
     _show(result)
     report.write_json(result, FLAGS.json_path)

@@ -218,16 +218,17 @@ def _show_accuracy(out: console.Console, rows: list[dict[str, Any]]) -> None:
     for form in ACCURACY:
         mine = [row for row in rows if row["form"] == form]
         bits = [row["bits_per_token_ratio"] for row in mine]
+        most = max(row["kl_nats"] for row in mine)
         agreed = statistics.mean(row["greedy_agreement"] for row in mine)
         out.print(
-            f"{form}: KL at most {max(row['kl_nats'] for row in mine):.1e} nats; greedy "
-            f"tokens the same: {agreed:.3f}; bits {min(bits):.4f} to {max(bits):.4f}"
+            f"{form}: KL at most {most:.1e} nats; greedy tokens the same: {agreed:.3f}; "
+            f"bits {min(bits):.4f} to {max(bits):.4f}"
         )
 
 
 def main(config: Any) -> None:
     """Measures, then prints."""
-    report.check_writable(FLAGS.json_path, "json_path")
+    report.check_writable(FLAGS.json_path, "--json_path")
     result = benchmark(config_files.model_config(config))
     _show(result)
     report.write_json(result, FLAGS.json_path)

@@ -3,7 +3,6 @@
 import datetime
 import importlib.util
 import json
-import os
 import pathlib
 import sys
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from typing import Any
 import jax
 from rich import console, table, text
 
+from minillm_jax.cli import app
 from minillm_jax.cli.app import UserError
 from minillm_jax.planning import machine
 
@@ -119,17 +119,14 @@ def write_json(result: dict[str, Any], path: str | None) -> None:
     print(line, flush=True)
 
 
-def check_writable(path: str | None, field: str = "decode.json_path") -> None:
-    """Raises UserError where a file of `config.FIELD` could not be written."""
-    if path is None:
-        return
-    folder = pathlib.Path(path).parent
-    if not os.access(folder, os.W_OK) or pathlib.Path(path).is_dir():
-        raise UserError(f"config.{field}={path}: cannot be written there")
+def check_writable(path: str | None, name: str = "config.decode.json_path") -> None:
+    """Raises UserError where a file is asked for that could not be written."""
+    if path is not None:
+        app.check_writable(path, name)
 
 
-def check_plot(path: str | None, field: str) -> None:
+def check_plot(path: str | None, name: str) -> None:
     """The same of a plot, which also needs matplotlib."""
-    check_writable(path, field)
+    check_writable(path, name)
     if path is not None and not importlib.util.find_spec("matplotlib"):
-        raise UserError(f"config.{field}: needs pip install matplotlib")
+        raise UserError(f"{name}: needs pip install matplotlib")

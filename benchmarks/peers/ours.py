@@ -17,7 +17,6 @@ from minillm_jax.model.transformer import MiniLLM
 from minillm_jax.planning import costs
 from minillm_jax.weights import load as weights
 
-
 INT8 = {
     peers.OURS: {},
     "ours_w8a8": {"quantization": "w8a8"},

@@ -34,6 +34,7 @@ PARTS = {
     "correctness": Part("correctness", 120),
     "ceilings": Part("ceilings", 60),
     **{name: Part("presets", 150, name) for name in Configs.names},
+    "int8": Part("int8", 120),
     "profiles": Part("profiles", 90),
     "attention": Part("attention", 120),
     "launches": Part("launches", 90),

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import minillm_jax as mj
+from benchmarks.suite import int8
 from benchmarks.suite.scale import Scale
 from minillm_jax import testing
 from minillm_jax.config import ModelConfig
-from minillm_jax.model import cudnn
+from minillm_jax.model import cudnn, quantized
 from minillm_jax.model.transformer import MiniLLM
 
 ROWS, LENGTH, DECODED = 3, 48, 8
@@ -40,6 +41,9 @@ def run(scale: Scale, found: dict[str, Any]) -> Iterator[dict[str, Any]]:
             for check in _checks(mj.create_model(chosen)):
                 rows.append({"dtype": dtype, "attention": kernel} | check)
                 yield {"checks": rows, "passed": _all_passed(rows)}
+    for check in _int8_checks():
+        rows.append({"dtype": "bfloat16", "attention": "xla"} | check)
+        yield {"checks": rows, "passed": _all_passed(rows)}
 
 
 def _all_passed(rows: list[dict[str, Any]]) -> bool:
@@ -99,6 +103,29 @@ def _checks(model: MiniLLM) -> Iterator[dict[str, Any]]:
         ),
     )
     yield judged(*("padded = alone", "itself"), lambda: _padding(model, params, tokens))
+
+
+def _int8_checks() -> Iterator[dict[str, Any]]:
+    """Kernels, keys and values in int8, beside the reference of the floats they are."""
+    tokens = np.random.default_rng(0).integers(0, 61, (ROWS, LENGTH), np.int32)
+    for form, fields in int8.FORMS.items():
+        if not fields:
+            continue
+        config = testing.tiny_config(head_dim=64, dtype="bfloat16", **fields)
+        model = mj.create_model(config)
+        params = mj.init_params(MiniLLM(model.config.replace(quantization="none")))
+        params = jax.device_put(testing.perturbed(params))
+        params = mj.quantize(params, model.config.quantization)
+        floats = quantized.restore(params)
+        expected = testing.reference_logits(config, floats, tokens)
+        off = _largest(_decoded(model, params, tokens), expected[:, -DECODED:])
+        difference, limit = off / float(np.std(expected)), LIMITS["bfloat16"]
+        yield {
+            "check": f"{form} = reference of its floats",
+            "difference": difference,
+            "limit": limit["reference"],
+            "passed": bool(difference <= limit["reference"]),
+        }
 
 
 def _precise(config: ModelConfig) -> contextlib.AbstractContextManager[Any]:

@@ -149,13 +149,15 @@ def held_cache(config: ModelConfig, rows: int, capacity: int) -> dict[str, Any]:
     def leaf(shape: jax.ShapeDtypeStruct) -> jax.Array:
         if len(shape.shape) == 1:
             return jax.device_put(np.zeros(shape.shape, np.int32))
+        if shape.dtype == np.int8:
+            return _numbers(key, shape.shape, -127, 128, shape.dtype)
         return _normal(key, shape.shape, shape.dtype)
 
     return jax.tree.map(leaf, kv.cache_shapes(config, rows, capacity))
 
 
-def _normal(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    return jax.jit(jax.random.normal, static_argnums=(1, 2))(key, shape, dtype)
+_normal = jax.jit(jax.random.normal, static_argnums=(1, 2))
+_numbers = jax.jit(jax.random.randint, static_argnums=(1, 2, 3, 4))
 
 
 def _times(run: Callable[[], None], repeats: int) -> list[float]:

@@ -111,6 +111,25 @@ def _profiles(found: dict[str, Any]) -> Iterator[Any]:
     yield grid
 
 
+def _int8(found: dict[str, Any]) -> Iterator[Any]:
+    grid = report.grid(
+        *("preset", "form", "weights GB", "batch", "context", "us a step"),
+        *("tok/s", "of floats'", "temp. MB"),
+    )
+    for name, rows in found["presets"].items():
+        for row in rows:
+            rate = row["decode_tokens_per_second"]["median"]
+            temporary = row["temporary_bytes"]
+            grid.add_row(
+                *(name, row["form"], f"{row['weights_bytes'] / 1e9:.2f}"),
+                *(str(row["batch_size"]), str(row["context"])),
+                f"{row['step_seconds']['median'] * 1e6:.0f}",
+                *(report.rate(rate), f"{row['ratio']:.2f}x"),
+                report.or_dash(temporary, lambda x: f"{x / 1e6:.0f}"),
+            )
+    yield grid
+
+
 def _attention(found: dict[str, Any]) -> Iterator[Any]:
     yield f"{found['layers']} layers of each preset"
     for name, preset in found["presets"].items():
@@ -173,6 +192,7 @@ def _share(row: dict[str, Any], key: str) -> str:
 _TABLES = {
     "correctness": _correctness,
     "ceilings": _ceilings,
+    "int8": _int8,
     "profiles": _profiles,
     "attention": _attention,
     "launches": _launches,

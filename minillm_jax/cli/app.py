@@ -11,6 +11,7 @@ import functools
 import io
 import logging
 import os
+import pathlib
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -33,6 +34,15 @@ from minillm_jax.weights.errors import CheckpointError
 
 class UserError(Exception):
     """A mistake in what the user gave, told in one line."""
+
+
+def check_writable(path: str, name: str) -> None:
+    """Raises UserError where the file that `name` gives can never be."""
+    place = pathlib.Path(path)
+    if place.is_dir() or not place.parent.is_dir():
+        raise UserError(f"{name}={path}: must be a file in a folder that is there")
+    if not os.access(place.parent, os.W_OK):
+        raise UserError(f"{name}={path}: its folder cannot be written to")
 
 
 _PRESETS = ", ".join(Configs.names)

@@ -13,7 +13,6 @@ what there is so far, and exit code 130.
 """
 
 import json
-import os
 import pathlib
 import sys
 from typing import Any
@@ -136,7 +135,7 @@ def _tokenizer(folder: pathlib.Path | None) -> chat.ChatTokenizer:
 def main(config: Any) -> None:
     """Generates, or chats."""
     if FLAGS.prompt_cache is not None:
-        _check_place(pathlib.Path(FLAGS.prompt_cache))
+        app.check_writable(FLAGS.prompt_cache, "--prompt_cache")
     sampling = request.sampling_params()
     tokenizer = _tokenizer(model_folder.folder(config))
     model_config = config_files.model_config(config)
@@ -177,16 +176,6 @@ def main(config: Any) -> None:
         print(answer.summary(), file=sys.stderr)
     if answer.interrupted:
         raise KeyboardInterrupt
-
-
-def _check_place(path: pathlib.Path) -> None:
-    """Raises UserError where the file of --prompt_cache can never be."""
-    if path.is_dir() or not path.parent.is_dir():
-        raise UserError(
-            f"--prompt_cache={path}: must be a file in a folder that is there"
-        )
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f"--prompt_cache={path}: its folder cannot be written to")
 
 
 def _use_prompt_cache(made: generator.Generator, prompt: list[int]) -> None:

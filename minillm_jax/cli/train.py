@@ -145,18 +145,7 @@ def _tokenizer(config: Any, settings: TrainSettings) -> Any:
 
 def _model_config(config: Any, tokenizer: Any) -> ModelConfig:
     """With float32 parameters, and the EOS ids of the tokenizer."""
-    found = config_files.model_config(config)
-    if found.param_dtype not in ("auto", "float32"):
-        raise UserError(
-            f"config.model.param_dtype={found.param_dtype}: training keeps parameters "
-            "in float32; write float32 (config.model.dtype may be bfloat16)"
-        )
-    if found.quantization != "none":
-        raise UserError(
-            f"config.model.quantization={found.quantization}: kernels in int8 cannot "
-            "be trained; write none"
-        )
-    found = found.replace(param_dtype="float32")
+    found = memory.as_trained(config_files.model_config(config))
     if (largest := max(tokenizer.known_ids)) >= found.vocab_size:
         raise UserError(
             f"the tokenizer has ids up to {largest}, but the model's are below "

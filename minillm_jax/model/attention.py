@@ -210,9 +210,7 @@ class Attention(nn.Module):
         held = kv.held(leaves)
         flash = None
         if cudnn.attends(self.config, q.shape[-2], rule, cached=True):
-            flash = functools.partial(
-                self._flash_cached, q, k, v, held, first, counts
-            )
+            flash = functools.partial(self._flash_cached, q, k, v, held, first, counts)
         keys = Places(kv.slot_positions(first + counts, slots, rule))
         mixed = self._attend(q, *held, places, keys, rule, flash)
         return mixed[None] if one_row else mixed

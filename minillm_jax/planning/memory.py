@@ -172,7 +172,7 @@ def plan_memory(
     kv.check_types(config, policy)
     device = find_device(device)
     if training:
-        config = _with_float32(config)
+        config = as_trained(config)
     config = config.resolve(device.platform)
     longest = config.max_seq_len if training else config.max_kv_cache_len
     rows = automatic.parse("batch_size", batch_size, kv.MAX_ROWS)
@@ -199,8 +199,12 @@ def plan_memory(
     return _compiled(found) if exact else found
 
 
-def _with_float32(config: ModelConfig) -> ModelConfig:
-    """As training has it: parameters in float32, whatever it computes in."""
+def as_trained(config: ModelConfig) -> ModelConfig:
+    """As training has it: parameters in float32, whatever it computes in.
+
+    Raises:
+      ConfigError: for parameters in something else.
+    """
     if config.param_dtype not in ("auto", "float32"):
         raise ConfigError(
             f"param_dtype={config.param_dtype}: training keeps parameters in float32; "

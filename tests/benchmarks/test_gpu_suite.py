@@ -58,7 +58,8 @@ def test_the_device_agrees_with_the_reference(done):
         ("bfloat16", "xla"),
     }
     names = {row["check"].split(" = ")[0] for row in checks}
-    assert names == {"forward", "cached", "ring", "chunked", "padded"}
+    int8 = {"w8a16", "w8a8", "kv8", "w8a16+kv8"}
+    assert names == {"forward", "cached", "ring", "chunked", "padded"} | int8
     assert all(0 <= row["difference"] < 1 for row in checks)
 
 
@@ -79,6 +80,19 @@ def test_shares_follow_from_the_ceilings(done):
         rate = row["flops"] / row["prefill_seconds"]["median"]
         share = rate / ceilings["bfloat16_flops_per_second"]
         assert row["mfu"] == pytest.approx(share)
+
+
+def test_int8_is_measured_beside_the_floats(done):
+    parts = json.loads((done[0] / "suite.json").read_text())["parts"]
+    for rows in parts["int8"]["results"]["presets"].values():
+        floats, *others = [rows[i : i + 3] for i in range(0, len(rows), 3)]
+        assert len(others) == 4
+        assert [row["ratio"] for row in floats] == [1.0] * 3
+        for row, float_row in zip(others[0], floats, strict=True):
+            seconds = [r["step_seconds"]["median"] for r in (float_row, row)]
+            assert row["ratio"] == pytest.approx(seconds[0] / seconds[1])
+            assert row["weights_bytes"] < float_row["weights_bytes"]
+            assert row["bytes_per_step"] < float_row["bytes_per_step"]
 
 
 def test_a_profile_without_a_gpu_says_so(done):
