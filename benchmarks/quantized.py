@@ -221,8 +221,8 @@ def _show_accuracy(out: console.Console, rows: list[dict[str, Any]]) -> None:
         most = max(row["kl_nats"] for row in mine)
         agreed = statistics.mean(row["greedy_agreement"] for row in mine)
         out.print(
-            f"{form}: KL at most {most:.1e} nats; greedy tokens the same: {agreed:.3f}; "
-            f"bits {min(bits):.4f} to {max(bits):.4f}"
+            f"{form}: KL at most {most:.1e} nats; greedy tokens the same: {agreed:.3f};"
+            f" bits {min(bits):.4f} to {max(bits):.4f}"
         )
 
 

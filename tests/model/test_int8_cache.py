@@ -49,8 +49,7 @@ def shifted(held):
 
 @pytest.mark.parametrize("rule", [kv.SlotRule(), kv.SlotRule(window=9, sinks=2)])
 @pytest.mark.parametrize("tokens", [1, 3, 40])
-@pytest.mark.parametrize("groups", [1, 3])
-@pytest.mark.parametrize("rows", [(), (2,)])
+@pytest.mark.parametrize(("rows", "groups"), [((), 1), ((2,), 3)])
 @pytest.mark.parametrize("in_place", [True, False])
 def test_attention_is_that_to_the_floats_they_stand_for(
     rows, groups, tokens, rule, in_place, monkeypatch
