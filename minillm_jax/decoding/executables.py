@@ -2,7 +2,7 @@
 
     name         one for each                                   what it runs
     init_cache   batch, capacity                                `cache.init_cache`
-    grow_cache   batch, capacity, slots                         a leaf's, to the next
+    grow_cache   batch, capacity, slots                         a layer's keys or values
     prefill      batch, capacity, prefill chunk                 `decode.prefill_chunk`
     first_token  batch, greedy or sampling                      `decode.first_tokens`
     decode       batch, capacity, greedy or sampling, steps     `decode.decode_requests`
@@ -210,9 +210,10 @@ class Executables:
         cache = kv.cache_shapes(config, batch_size, key.capacity, policy=self.policy)
         if key.name == "grow_cache":
             old = self._grown(key.capacity or 0)[key.size or 0]
-            leaves = [x for x in jax.tree.leaves(cache) if x.shape[-2:-1] == (old,)]
-            padded = jax.jit(kv.padded, static_argnames="slots")
-            return padded, self._shapes({"leaf": leaves[0]}), {"slots": key.size}
+            layers = [part["attention"] for n, part in cache.items() if n != "lengths"]
+            half = next(kv.held(x)[0] for x in layers if x["k"].shape[-2] == old)
+            padded = jax.jit(_padded, static_argnames="slots")
+            return padded, self._shapes({"half": half}), {"slots": key.size}
         if key.name == "copy_rows":
             source = kv.cache_shapes(config, 1, key.size, policy=self.policy)
             rows, length = shape((batch_size,), np.bool_), shape((), np.int32)
@@ -245,6 +246,11 @@ class Executables:
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._device)
 
         return jax.tree.map(shape, tree)
+
+
+def _padded(half: Any, slots: int) -> Any:
+    """The keys or the values of a layer with room for more."""
+    return jax.tree.map(functools.partial(kv.padded, slots=slots), half)
 
 
 def _jit_is_disabled() -> bool:

@@ -317,21 +317,22 @@ class Loop:
     def _grow(self, tokens: int) -> None:
         """Makes room for `tokens` in each row, from one capacity to the next.
 
-        Leaf by leaf: the peak is the cache and one leaf of the next.
+        A layer's keys, then its values: the peak is the cache and one of those more.
         """
         longest = self._executables.capacities[-1]
         while self._capacity < min(tokens, longest):
             for layer, slots in enumerate(self._executables.next_slots(self._capacity)):
                 key, name = self._key("grow_cache", slots), f"layers_{layer}"
 
-                def grow(leaf: jax.Array, key: Key = key) -> jax.Array:
-                    if leaf.shape[-2] >= (key.size or 0):
-                        return leaf
-                    grown = self._executables(key, leaf=leaf).block_until_ready()
-                    leaf.delete()
+                def grow(half: Any, key: Key = key) -> Any:
+                    if half.shape[-2] >= (key.size or 0):
+                        return half
+                    grown = jax.block_until_ready(self._executables(key, half=half))
+                    jax.tree.map(lambda leaf: leaf.delete(), half)
                     return grown
 
-                self._cache[name] = jax.tree.map(grow, self._cache[name])
+                k, v = kv.held(self._cache[name]["attention"])
+                self._cache[name] = {"attention": kv.named(grow(k), grow(v))}
             self._capacity = self._executables.larger(self._capacity)
 
     def _decode(self) -> sampling.Sampled:

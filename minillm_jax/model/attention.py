@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 from minillm_jax.config import ModelConfig
 from minillm_jax.model import blockwise, cudnn, layers, rope, scores
 from minillm_jax.model import cache as kv
-from minillm_jax.model.quantized import Rounded
+from minillm_jax.model.quantized import Rounded, rounded
 from minillm_jax.model.scores import Places, Scoring
 
 # Scores of one block of queries and keys, bytes: what keeps memory linear.
@@ -198,12 +198,13 @@ class Attention(nn.Module):
         if one_row:  # its leaves have no batch axis
             call = jax.tree.map(lambda axis: axis[0], call)
         q, k, v, places, counts = call
+        new = (k, v) if "k_scale" not in leaves else (rounded(k), rounded(v))
 
         with jax.named_scope("cache_write"):
             first = places.positions[..., 0]
             leaves = {
-                name: kv.write(leaves[name], new, first, counts, rule)
-                for name, new in kv.entries(k, v, rounded="k_scale" in leaves).items()
+                name: kv.write(leaves[name], entry, first, counts, rule)
+                for name, entry in kv.named(*new).items()
             }
         for name, leaf in leaves.items():
             self.put_variable("cache", name, leaf)

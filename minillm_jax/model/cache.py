@@ -29,7 +29,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Num
+from jaxtyping import Array, Bool, Int, Num
 
 from minillm_jax import validation
 from minillm_jax.config import MAX_POSITIONS, ConfigError, ModelConfig, check_is_config
@@ -231,25 +231,20 @@ def init_cache(
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
 
-def entries(
-    k: Float[Array, "*B K T H"], v: Float[Array, "*B K T H"], *, rounded: bool
-) -> dict[str, jax.Array]:
-    """What is written of new keys and values, by the name of a layer's leaf."""
-    if not rounded:
-        return {"k": k, "v": v}
-    keys, values = quantized.rounded(k), quantized.rounded(v)
-    return {
-        **{"k": keys.values, "k_scale": keys.scales},
-        **{"v": values.values, "v_scale": values.scales},
-    }
-
-
-def held(leaves: Mapping[str, jax.Array]) -> tuple[Any, Any]:
+def held(leaves: Mapping[str, Any]) -> tuple[Any, Any]:
     """Keys and values of a layer's leaves, as `attend` takes them."""
     if "k_scale" not in leaves:
         return leaves["k"], leaves["v"]
     k, v = (quantized.Rounded(leaves[n], leaves[f"{n}_scale"]) for n in "kv")
     return k, v
+
+
+def named(k: Any, v: Any) -> dict[str, Any]:
+    """The way back from `held`: keys and values by the names of a layer's leaves."""
+    if not isinstance(k, quantized.Rounded):
+        return {"k": k, "v": v}
+    values, scales = {"k": k.values, "v": v.values}, (k.scales, v.scales)
+    return values | dict(zip(("k_scale", "v_scale"), scales, strict=True))
 
 
 @functools.partial(jax.jit, static_argnames="rule", inline=True)

@@ -27,6 +27,8 @@ VARIATIONS = {
     },
     "w8a16": {"dtype": "bfloat16", "quantization": "w8a16", "tie_embeddings": True},
     "w8a8": {"dtype": "float32", "quantization": "w8a8"},
+    "kv8": {"dtype": "float32", "cache_dtype": "int8"},
+    "kv8 bfloat16": {"dtype": "bfloat16", "cache_dtype": "int8"},
 }
 
 
@@ -37,7 +39,7 @@ def exported(function, *args):
 
 DEFAULT = {
     *(("float32", "error", 1), ("gemma", "ring", 2)),
-    *(("w8a16", "error", 1), ("w8a8", "error", 2)),
+    *(("w8a16", "error", 1), ("w8a8", "error", 2), ("kv8", "ring", 1)),
 }
 CASES = [
     pytest.param(*case, marks=() if case in DEFAULT else pytest.mark.slow)

@@ -21,6 +21,7 @@ VARIATIONS = {
     "stop": {},
     "ring": {"overflow": "ring", "num_sinks": 2},
     "window": {"sliding_window": 6},
+    "int8": {"cache_dtype": "int8"},
     "longrope": {
         "rope_scaling": RopeScaling(
             rope_type="longrope",
@@ -86,7 +87,7 @@ def test_what_follows_a_kept_prompt_is_the_same(changes):
     expected, _ = stream(plain, prompts)
     found, prefilled = stream(run, prompts)
     assert found == expected
-    skipped = {"stop": 20 + 13 + 19 + 20, "ring": 20 + 13 + 19 + 20}
+    skipped = dict.fromkeys(("stop", "ring", "int8"), 20 + 13 + 19 + 20)
     skipped |= {"window": 20 + 19 + 20}  # its ring has given up what is before
     skipped |= {"longrope": 20 + 13 + 19, "dynamic": 20 + 13 + 19}
     name = next(name for name, value in VARIATIONS.items() if value is changes)
@@ -103,8 +104,9 @@ def test_the_logits_behind_a_kept_prompt_are_those_without():
     chex.assert_trees_all_close(ours.logprobs, other.logprobs, atol=1e-5)
 
 
-def test_a_file_brings_it_to_another_generator(tmp_path):
-    run, other = generating(), generating()
+@pytest.mark.parametrize("cache_dtype", ["float32", "int8"])
+def test_a_file_brings_it_to_another_generator(tmp_path, cache_dtype):
+    run, other = (generating(cache_dtype=cache_dtype) for _ in range(2))
     run.remember(SYSTEM)
     run.remember(some_tokens(40, seed=7))
     run.save_cache(tmp_path / "kept.safetensors")
@@ -116,6 +118,7 @@ def test_a_file_brings_it_to_another_generator(tmp_path):
     with safetensors.safe_open(tmp_path / "kept.safetensors", "numpy") as opened:
         leaf = opened.get_slice("0.layers_0.k")
         assert leaf.get_shape() == [2, 20, 8]  # no slot that holds nothing
+        assert leaf.get_dtype() == {"float32": "F32", "int8": "I8"}[cache_dtype]
 
 
 def test_one_file_serves_other_lengths_and_policies(tmp_path):

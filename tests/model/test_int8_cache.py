@@ -10,7 +10,7 @@ import pytest
 
 import minillm_jax as mj
 from minillm_jax import testing
-from minillm_jax.decoding import decode
+from minillm_jax.decoding import decode, generator
 from minillm_jax.model import attention, quantized
 from minillm_jax.model import cache as kv
 from minillm_jax.model.scores import Places
@@ -229,15 +229,17 @@ def test_the_leaf_decides_and_not_the_config():
     chex.assert_trees_all_equal(*found)
 
 
-def test_a_generator_grows_it_and_chooses_the_same_tokens():
+def test_a_generator_grows_it_and_chooses_the_same_tokens(monkeypatch):
+    monkeypatch.setattr(generator, "SMALLEST_CAPACITY", 16)
     model, params = build("all heads")
     floats = mj.create_model(model.config.replace(cache_dtype="float32"))
     prompts = [some_tokens(30).tolist(), some_tokens(4).tolist()]
     greedy = mj.SamplingParams(temperature=0.0)
-    found = [
-        mj.Generator(one, params).generate(prompts, 40, greedy)
-        for one in (model, floats)
-    ]
+    run, other = (mj.Generator(one, params) for one in (model, floats))
+    run.warmup(batch_sizes=(2,))
+    with run.forbid_compile():
+        found = [made.generate(prompts, 40, greedy) for made in (run, other)]
+    assert run.compilations["grow_cache"] > 1
     same = [
         np.mean([a == b for a, b in zip(x.tokens, y.tokens, strict=True)])
         for x, y in zip(*found, strict=True)
