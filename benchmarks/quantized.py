@@ -166,10 +166,19 @@ def _bits_per_token(logits: np.ndarray, tokens: np.ndarray) -> float:
 
 def benchmark(config: ModelConfig) -> dict[str, Any]:
     """Measures; returns the object that `main` prints."""
+    if config.quantization != "none" or config.cache_dtype == "int8":
+        raise UserError("--forms are what is in int8; the config is their floats")
     longest = max(map(int, FLAGS.batch_sizes))
-    plan = memory.plan_memory(config, longest, FLAGS.context + STEPS)
-    if not plan.fits:
-        raise UserError(plan.refusal())
+    plan, *others = (
+        memory.plan_memory(with_form(config, form), longest, FLAGS.context + STEPS)
+        for form in (FLOATS, *FLAGS.forms)
+    )
+    held = sum(one.total_bytes for one in (plan, *others))
+    if held > plan.limit_bytes:
+        raise UserError(
+            f"the forms take {memory.gigabytes(held)} together, of "
+            f"{memory.gigabytes(plan.limit_bytes)}; name fewer, or fewer rows"
+        )
     folders = [pathlib.Path(name.strip()) for name in FLAGS.models if name.strip()]
     result = report.header("quantized", {"model": plan.config.to_dict()})
     result |= {"context": FLAGS.context, "results": speeds(config), "accuracy": []}

@@ -151,6 +151,8 @@ def held_cache(config: ModelConfig, rows: int, capacity: int) -> dict[str, Any]:
             return jax.device_put(np.zeros(shape.shape, np.int32))
         if shape.dtype == np.int8:
             return _numbers(key, shape.shape, -127, 128, shape.dtype)
+        if shape.shape[-1] == 1:  # scales of such numbers
+            return jax.device_put(np.full(shape.shape, 1 / 127, shape.dtype))
         return _normal(key, shape.shape, shape.dtype)
 
     return jax.tree.map(leaf, kv.cache_shapes(config, rows, capacity))

@@ -210,7 +210,8 @@ class Attention(nn.Module):
             self.put_variable("cache", name, leaf)
         held = kv.held(leaves)
         flash = None
-        if cudnn.attends(self.config, q.shape[-2], rule, cached=True):
+        floats = not isinstance(held[0], Rounded)
+        if floats and cudnn.attends(self.config, q.shape[-2], rule, cached=True):
             flash = functools.partial(self._flash_cached, q, k, v, held, first, counts)
         keys = Places(kv.slot_positions(first + counts, slots, rule))
         mixed = self._attend(q, *held, places, keys, rule, flash)

@@ -30,7 +30,7 @@ from jaxtyping import Array, Float, Int, Int8
 
 from minillm_jax.model.quantized import LARGEST, Quantized, rounded
 
-DIGITS = 3  # of a row of floats in int8: the bits of a float32
+DIGIT_BITS = 22  # of a row of floats in int8 digits: nearly those of a float32
 CPU_PARTS = 4  # of one row: enough of them to keep the cores of a CPU at the memory
 
 
@@ -148,7 +148,7 @@ def _w8a8(x: Float[Array, "R I"], kernel: Quantized) -> Float[Array, "R O"]:
 
 
 def _in_digits(axes: str, rows, matrices):
-    """int8 x int8 -> int32, each row as DIGITS: whole numbers, and what these leave.
+    """int8 x int8 -> int32, each row as several: whole numbers, and what these leave.
 
     One alone would lose the weight that a softmax gives to most of many keys. The
     memory is read once for all of them, and several rows are what is native.
@@ -156,14 +156,15 @@ def _in_digits(axes: str, rows, matrices):
     inputs = rows.shape[-1]
     largest = min(LARGEST, (2**31 - 1) // (LARGEST * inputs))  # no sum passes int32
     base = 2 * largest  # a digit leaves a half at most
+    count = math.ceil(DIGIT_BITS / math.log2(base))  # 3, of up to 2**17 inputs
     first, scales = rounded(rows, largest)
     digits, left = [first], rows / scales - first
-    for _ in range(DIGITS - 1):
+    for _ in range(count - 1):
         digit = jnp.round(left * base)
         digits, left = [*digits, digit.astype(jnp.int8)], left * base - digit
     given = jnp.concatenate(digits, axis=-2)
     sums = jnp.einsum(axes, given, matrices, preferred_element_type=jnp.int32)
-    parts = jnp.split(sums.astype(jnp.float32), DIGITS, axis=-2)
+    parts = jnp.split(sums.astype(jnp.float32), count, axis=-2)
     return sum(part / base**place for place, part in enumerate(parts)) * scales
 
 

@@ -80,6 +80,8 @@ def mix(
     """
     if isinstance(v, Rounded):
         weights, v = weights * _over_queries(v.scales), v.values
+        if dtype == jnp.float16:  # which ends before small weights by small scales do
+            dtype = jnp.bfloat16
     else:
         dtype = v.dtype
     weights = weights.astype(dtype)

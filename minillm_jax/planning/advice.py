@@ -83,8 +83,7 @@ def singles(
       least_context: no shorter one will do; None = the shortest there can be.
     """
     least = plan.workload.least_context if least_context is None else least_context
-    changes = [*_of_model(plan, trained), *_of_call(plan, least)]
-    found = [_advice(plan, change) for change in changes]
+    found = [_advice(plan, change) for change in _changes(plan, trained, least)]
     limit = plan.limit_bytes
     return [a for a in found if a.saves_bytes > 0 or a.plan.limit_bytes > limit]
 
@@ -111,7 +110,19 @@ def until_it_fits(
     return _less_work(plan, together, least) or _less_work(plan, Change(), least)
 
 
-def _of_model(plan: MemoryPlan, trained: bool) -> Iterator[Change]:
+def _changes(plan: MemoryPlan, trained: bool, least: int) -> Iterator[Change]:
+    """Mildest first; those of accuracy after those that have none."""
+    yield from _of_floats(plan)
+    device = plan.device
+    small = device.memory_fraction < MEMORY_FRACTION
+    if device.platform == "gpu" and small and not plan.fits:
+        yield Change(memory_fraction=MEMORY_FRACTION)
+    if not plan.workload.training:
+        yield from _of_generation(plan.config, trained)
+    yield from _of_call(plan, least)
+
+
+def _of_floats(plan: MemoryPlan) -> Iterator[Change]:
     config, training = plan.config, plan.workload.training
     if training and not config.remat:
         yield Change({"remat": True})
@@ -120,21 +131,21 @@ def _of_model(plan: MemoryPlan, trained: bool) -> Iterator[Change]:
     names = ("dtype",) if training else ("dtype", "param_dtype", "cache_dtype")
     if any(costs.itemsize(getattr(config, name)) == 4 for name in names):
         yield Change(dict.fromkeys(names, "bfloat16"))
-    if not training and config.quantization == "none":
-        yield Change({"quantization": "int8"})
-    if not training and config.cache_dtype != "int8":
+
+
+def _of_generation(config: ModelConfig, trained: bool) -> Iterator[Change]:
+    if config.cache_dtype != "int8":
         yield Change({"cache_dtype": "int8"})
+    if config.quantization == "none":
+        yield Change({"quantization": "int8"})
     heads = config.num_kv_heads
     fewer = next((heads // part for part in (4, 2) if heads % part == 0), 0)
-    if fewer and not trained and not training:
+    if fewer and not trained:
         yield Change({"num_kv_heads": fewer})
 
 
 def _of_call(plan: MemoryPlan, least: int) -> Iterator[Change]:
-    work, device = plan.workload, plan.device
-    small = device.memory_fraction < MEMORY_FRACTION
-    if device.platform == "gpu" and small and not plan.fits:
-        yield Change(memory_fraction=MEMORY_FRACTION)
+    work = plan.workload
     if (rows := work.batch_size) > 1:
         most = 0 if plan.fits else plan.max_batch_size
         yield Change(batch_size=most if 0 < most < rows else rows // 2)

@@ -4,6 +4,7 @@ Caches of at least 8 MB, so that logits and activations do not hide a copy.
 """
 
 import itertools
+import math
 import re
 
 import jax
@@ -42,8 +43,9 @@ def mixed():
 
 @pytest.fixture(scope="module")
 def rounded():
-    """With keys and values in int8."""
-    return mj.create_model(CONFIG.replace(cache_dtype="int8", max_kv_cache_len=16384))
+    """With kernels, keys and values in int8."""
+    int8 = {"cache_dtype": "int8", "quantization": "w8a8"}
+    return mj.create_model(CONFIG.replace(**int8, max_kv_cache_len=32768))
 
 
 def _compiled(model, batch_size, kind, policy):
@@ -109,11 +111,28 @@ def test_decode_with_mixed_layers_never_copies_a_leaf(mixed):
 def test_keys_and_values_in_int8_are_read_as_they_are(
     rounded, batch_size, kind, policy
 ):
-    """No copy of them, and no array of their shape in another dtype."""
+    """No copy of them, and no array of their size in another dtype."""
     text = assert_in_place(rounded, batch_size, kind, policy)
-    slots = 16384 + (CONFIG.prefill_chunk - 1 if policy == "ring" else 0)
-    shape = rf"\[(?:{batch_size},)?2,{slots},64\]"
-    assert set(re.findall(rf"\b(\w+){shape}", text)) == {"s8"}
+    slots = 32768 + (CONFIG.prefill_chunk - 1 if policy == "ring" else 0)
+    assert dtypes_of_size(text, batch_size * 2 * slots * 64) == {"s8"}
+
+
+def dtypes_of_size(text, size):
+    """Of the arrays with so many elements, whatever their shape."""
+    found = re.findall(r"\b([a-z]+\d+)\[([\d,]+)\]", text)
+    return {d for d, dims in found if math.prod(map(int, dims.split(","))) == size}
+
+
+def test_the_gate_sees_planted_floats():
+    """Of int8 keys, which XLA on CPU would convert first."""
+
+    def scores(q, k):
+        return jnp.einsum("KTH,KSH->KTS", q, k.astype(jnp.float32))
+
+    q = jax.ShapeDtypeStruct((2, 1, 64), jnp.float32)
+    k = jax.ShapeDtypeStruct((2, 8192, 64), jnp.int8)
+    text = jax.jit(scores).lower(q, k).compile().as_text()
+    assert dtypes_of_size(text, 2 * 8192 * 64) == {"s8", "f32"}
 
 
 def assert_in_place(model, batch_size, kind, policy):
