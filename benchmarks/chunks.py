@@ -6,40 +6,62 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks import decode_runs
 from minillm_jax.decoding import decode
 from minillm_jax.model import cache as kv
 from minillm_jax.model.transformer import MiniLLM
 
 
 class DecodeChunk:
-    """`steps` greedy steps of some rows, each time behind `context` tokens."""
+    """Greedy steps of all rows of a cache, each time from the same state.
+
+    Args:
+      model: whose rows run to the end here, whatever its stop tokens.
+      params: the inner tree.
+      cache: with room for what is decoded; it is dead afterwards.
+      context: its tokens that are seen again each time.
+      steps: of a chunk.
+      tokens: `[B]` int32, what the rows go on from; None = any.
+      options: the compiler's.
+    """
 
     def __init__(
         self,
         model: MiniLLM,
         params: decode.Params,
-        rows: int,
+        cache: kv.Cache,
         *,
         context: int,
         steps: int,
+        tokens: np.ndarray | None = None,
+        options: dict[str, Any] | None = None,
     ):
-        self._params, self._context = params, context
-        model = MiniLLM(model.config.replace(eos_token_ids=()))  # to the end
-        self._cache = kv.init_cache(model.config, rows, context + steps)
-        self._given = np.zeros(rows, np.int32), np.ones(rows, bool)
+        rows = len(cache["lengths"])
+        tokens = np.ones(rows, np.int32) if tokens is None else tokens
+        self._params, self._cache, self._context = params, cache, context
+        self._first = jax.device_put((tokens, np.ones(rows, bool)))
         lowered = decode.decode_chunk.lower(
-            *(model, params, self._cache, *self._given), steps=steps
+            *(MiniLLM(model.config.replace(eos_token_ids=())), params, cache),
+            *self._first,
+            steps=steps,
         )
-        self._call = lowered.compile()
-        analysis: Any = self._call.memory_analysis()
-        self.temp_bytes = analysis.temp_size_in_bytes
-
-    def seconds(self) -> float:
-        """Of a chunk, now."""
-        cache = decode_runs.rewound(self._cache, self._context)
         start = time.perf_counter()
-        out = self._call(self._params, cache, *self._given)
-        jax.block_until_ready(out.sampled)
-        self._cache = out.cache
+        self.executable: Any = lowered.compile(compiler_options=options)
+        self.compile_seconds = time.perf_counter() - start
+
+    def seconds(self, chunks: int = 1) -> float:
+        """Of so many chunks, enqueued one after the other."""
+        self._cache = rewound(self._cache, self._context)
+        given, out = self._first, None
+        start = time.perf_counter()
+        for _ in range(chunks):
+            out = self.executable(self._params, self._cache, *given)
+            self._cache, given = out.cache, (out.tokens, out.active)
+        jax.block_until_ready(out)
         return time.perf_counter() - start
+
+
+def rewound(cache: kv.Cache, length: int) -> dict[str, Any]:
+    """The cache as after its first `length` tokens: later ones are no longer seen."""
+    batch = cache["lengths"].shape[0]
+    lengths = jax.device_put(np.full(batch, length, np.int32))
+    return dict(cache) | {"lengths": lengths}

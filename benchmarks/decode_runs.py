@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import measure, prompts
+from benchmarks import chunks, measure, prompts
 from minillm_jax.cli.config_files import DecodeSettings
 from minillm_jax.config import ConfigError, ModelConfig
 from minillm_jax.decoding import decode
@@ -86,13 +86,21 @@ def run(
     with measure.compile_seconds() as compiling:
         prefilled, cache, tokens = _prefill(model, params, cache, prompt, repeats)
         progress("decode")
-        chunk = _compiled_chunk(model, params, cache, shape)
-        chunk_bytes = compiled.call_bytes(chunk)
-        steps, bounds = _decode(
-            chunk, params, cache, tokens, shape=shape, repeats=repeats, probe=bandwidth
+        chunk = chunks.DecodeChunk(
+            *(model, params, cache),
+            context=shape.prompt_tokens,
+            steps=shape.new_tokens - 1,  # the prefill gave the first one
+            tokens=tokens,
         )
+        chunk_bytes = compiled.call_bytes(chunk.executable)
+        del cache
+        chunk.seconds()  # warms up
+        bounds, steps = [], []
+        for _ in range(repeats):
+            bounds.append(bandwidth.probe())
+            steps.append(chunk.seconds() / (shape.new_tokens - 1))
         compile_seconds = compiling()
-    del cache
+    del chunk  # and its cache
     no_cache = no_cache_bytes = None
     if compare_no_cache and shape.context <= config.max_seq_len:
         progress("no cache")
@@ -147,41 +155,8 @@ def _prefill(model, params, cache, prompt, repeats: int):
             if seconds and spent > PREFILL_SECONDS:
                 break
             if repeat < repeats:
-                cache = rewound(cache, 0)
+                cache = chunks.rewound(cache, 0)
     return seconds, cache, tokens
-
-
-def rewound(cache: kv.Cache, length: int) -> dict[str, Any]:
-    """The cache as after its first `length` tokens: later ones are no longer seen."""
-    batch = cache["lengths"].shape[0]
-    lengths = jax.device_put(np.full(batch, length, np.int32))
-    return dict(cache) | {"lengths": lengths}
-
-
-def _compiled_chunk(model: MiniLLM, params: Any, cache: Any, shape: Shape) -> Any:
-    """The steps behind the prefill, which gave the first of the new tokens."""
-    rows = jax.ShapeDtypeStruct((shape.batch_size,), np.int32)
-    active = jax.ShapeDtypeStruct((shape.batch_size,), np.bool_)
-    return decode.decode_chunk.lower(
-        *(model, params, cache, rows, active), steps=shape.new_tokens - 1
-    ).compile()
-
-
-def _decode(chunk, params, cache, tokens, *, shape: Shape, repeats: int, probe):
-    """Seconds per step, and the probe beside it in bytes/s, per repeat."""
-    steps, active = shape.new_tokens - 1, np.ones(shape.batch_size, bool)
-    seconds, bounds = [], []
-    for repeat in range(repeats + 1):
-        bound = probe.probe()
-        start = time.perf_counter()
-        out = chunk(params, cache, tokens, active)
-        jax.block_until_ready(out.sampled)
-        took = time.perf_counter() - start
-        cache = rewound(out.cache, shape.prompt_tokens)
-        if repeat > 0:  # the first one warms up
-            seconds.append(took / steps)
-            bounds.append(bound)
-    return seconds, bounds
 
 
 def _no_cache(model, params, tokens: np.ndarray) -> tuple[float, int]:

@@ -24,8 +24,9 @@ from minillm_jax import progress
 from minillm_jax.cli import app, config_files
 from minillm_jax.cli.app import UserError
 from minillm_jax.config import ModelConfig
+from minillm_jax.model import cache as kv
 from minillm_jax.model import transformer
-from minillm_jax.planning import costs, memory
+from minillm_jax.planning import compiled, costs, memory
 
 FLAGS = flags.FLAGS
 STEPS = 16  # of a chunk, and tokens that a round decodes
@@ -164,7 +165,7 @@ class Runner:
         )
         given = (params, leaves, self._tokens, np.int32(context))
         self._call = call.lower(*given).compile()
-        self.temp_bytes = _temp_bytes(self._call)
+        self.temp_bytes = compiled.temporary_bytes(self._call)
 
     def seconds(self) -> float:
         """Of a step, of STEPS that follow `context` tokens."""
@@ -189,7 +190,7 @@ class NoCache:
 
         forward = jax.jit(decode_runs.last_logits, static_argnames=("model",))
         self._call = forward.lower(model, self._params, self._tokens).compile()
-        self.temp_bytes = _temp_bytes(self._call)
+        self.temp_bytes = compiled.temporary_bytes(self._call)
 
     def seconds(self) -> float:
         """Of a token."""
@@ -202,18 +203,15 @@ class Ours:
     def __init__(self, config: ModelConfig, rows: int, context: int):
         model = transformer.create_model(config)
         params = transformer.init_params(model)
+        cache = kv.init_cache(model.config, rows, context + STEPS)
         self._chunk = chunks.DecodeChunk(
-            model, params, rows, context=context, steps=STEPS
+            *(model, params, cache), context=context, steps=STEPS
         )
-        self.temp_bytes = self._chunk.temp_bytes
+        self.temp_bytes = compiled.temporary_bytes(self._chunk.executable)
 
     def seconds(self) -> float:
         """Of a step."""
         return self._chunk.seconds() / STEPS
-
-
-def _temp_bytes(executable: Any) -> int:
-    return executable.memory_analysis().temp_size_in_bytes
 
 
 def _chunk(one, params, leaves, tokens, position):

@@ -3,13 +3,12 @@
     python -m benchmarks.quantized --config=medium --batch_sizes=1,8
     python -m benchmarks.quantized --config=small --models=$(ls -dm tests/goldens/*/)
 
-A form is a quantization of the kernels, "kv8" for keys and values in int8, or both,
-with a "+" between them. The rates are of chunks of 16 decode steps behind `--context`
-tokens, of each form in turn; the first one is the config's own dtype. `--models` are
-folders whose logits are compared, each token behind a cache of those before it: of a
-text where there is a tokenizer, else of random tokens, which a small random model knows
-so little of that its logits are close together. Prints tables, then one JSON object as
-the last line.
+`--forms` are those of `benchmarks.int8_forms`. The rates are of chunks of 16 decode
+steps behind `--context` tokens, of each form in turn; the first one is the config's own
+dtype. `--models` are folders whose logits are compared, each token behind a cache of
+those before it: of a text where there is a tokenizer, else of random tokens, which a
+small random model knows so little of that its logits are close together. Prints tables,
+then one JSON object as the last line.
 """
 
 import pathlib
@@ -24,19 +23,19 @@ from rich import console
 
 from benchmarks import measure, report
 from benchmarks.chunks import DecodeChunk
+from benchmarks.int8_forms import CACHE, FLOATS, with_form
 from minillm_jax.cli import app, config_files
 from minillm_jax.cli.app import UserError
-from minillm_jax.config import QUANTIZATIONS, ModelConfig
+from minillm_jax.config import ModelConfig
 from minillm_jax.decoding import verify
 from minillm_jax.model import cache as kv
 from minillm_jax.model import quantized, transformer
-from minillm_jax.planning import costs, memory
+from minillm_jax.planning import compiled, costs, memory
 from minillm_jax.weights import load
 
 FLAGS = flags.FLAGS
 STEPS, TOKENS = 16, 256
 WARM_UPS = 3
-FLOATS, CACHE = "none", "kv8"
 ACCURACY = (*quantized.MODES, CACHE, f"w8a8+{CACHE}")  # forms that are compared
 
 
@@ -52,17 +51,6 @@ def define_flags() -> None:
     flags.DEFINE_string("json_path", None, "Also write the JSON object to this file.")
 
 
-def with_form(config: ModelConfig, form: str) -> ModelConfig:
-    """A config whose kernels or cache are in int8; raises UserError for other forms."""
-    for part in form.split("+"):
-        if part not in (*QUANTIZATIONS, CACHE):
-            known = ", ".join((*QUANTIZATIONS, CACHE))
-            raise UserError(f"--forms: {part!r} is none of {known}")
-        field = "cache_dtype" if part == CACHE else "quantization"
-        config = config.replace(**{field: "int8" if part == CACHE else part})
-    return config
-
-
 def speeds(config: ModelConfig) -> list[dict[str, Any]]:
     """Each form's rates, and their ratio to the floats' of the same turn."""
     forms, made = [FLOATS, *FLAGS.forms], {}
@@ -75,7 +63,8 @@ def speeds(config: ModelConfig) -> list[dict[str, Any]]:
     for rows in map(int, FLAGS.batch_sizes):
         runs = [
             DecodeChunk(
-                *(model, made[model.config.quantization], rows),
+                *(model, made[model.config.quantization]),
+                kv.init_cache(model.config, rows, FLAGS.context + STEPS),
                 context=FLAGS.context,
                 steps=STEPS,
             )
@@ -93,7 +82,7 @@ def speeds(config: ModelConfig) -> list[dict[str, Any]]:
                     "cache_dtype": model.config.cache_dtype,
                     "weights_bytes": costs.weight_bytes(model.config),
                     "cache_bytes": costs.cache_bytes(model.config, rows, held),
-                    "temp_bytes": run.temp_bytes,
+                    "temp_bytes": compiled.temporary_bytes(run.executable),
                     "decode_tokens_per_second": measure.spread(found),
                     "ratio": measure.spread([ours / floats for ours, floats in pairs]),
                 }

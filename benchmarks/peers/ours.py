@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import decode_runs, peers
+from benchmarks import chunks, int8_forms, peers
 from minillm_jax.config import ModelConfig
 from minillm_jax.decoding import decode
 from minillm_jax.model import cache as kv
@@ -17,10 +17,10 @@ from minillm_jax.model.transformer import MiniLLM
 from minillm_jax.planning import costs
 from minillm_jax.weights import load as weights
 
-INT8 = {
-    peers.OURS: {},
-    "ours_w8a8": {"quantization": "w8a8"},
-    peers.OURS_INT8: {"quantization": "w8a8", "cache_dtype": "int8"},
+FORMS = {
+    peers.OURS: int8_forms.FLOATS,
+    "ours_w8a8": "w8a8",
+    peers.OURS_INT8: f"w8a8+{int8_forms.CACHE}",
 }
 
 
@@ -40,14 +40,14 @@ class Ours:
         self._cache = kv.init_cache(config, batch_size, capacity)
 
     def prefill(self, tokens: np.ndarray) -> np.ndarray:
-        cache = decode_runs.rewound(self._cache, 0)
+        cache = chunks.rewound(self._cache, 0)
         logits, self._cache = decode.prefill(self._model, self._params, cache, tokens)
         self._first = np.asarray(jnp.argmax(logits, axis=-1)).astype(np.int32)
         self._prompt_tokens = tokens.shape[1]
         return self._first
 
     def decode(self, steps: int) -> np.ndarray:
-        cache = decode_runs.rewound(self._cache, self._prompt_tokens)
+        cache = chunks.rewound(self._cache, self._prompt_tokens)
         out = decode.decode_chunk(
             *(self._model, self._params, cache, self._first),
             active=np.ones(len(self._first), bool),
@@ -62,6 +62,6 @@ class Ours:
 
 def load(name: str, folder: pathlib.Path, config: ModelConfig, threads: int) -> Ours:
     """The model; XLA takes as many threads as there are cores."""
-    config = config.replace(**INT8[name])
+    config = int8_forms.with_form(config, FORMS[name])
     params = weights.read_params(folder, config, weights.read_family(folder))
     return Ours(MiniLLM(config), params)

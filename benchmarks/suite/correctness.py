@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import minillm_jax as mj
+from benchmarks import int8_forms
 from benchmarks.suite import int8
 from benchmarks.suite.scale import Scale
 from minillm_jax import testing
@@ -64,14 +65,7 @@ def _checks(model: MiniLLM) -> Iterator[dict[str, Any]]:
 
     def judged(name: str, against: str, measure: Callable[[], float]) -> dict[str, Any]:
         with _precise(config):
-            difference = measure() / unit
-        limit = limits[against]
-        return {
-            "check": name,
-            "difference": difference,
-            "limit": limit,
-            "passed": bool(difference <= limit),
-        }
+            return _judged(name, measure() / unit, limits[against])
 
     def forward() -> np.ndarray:
         apply = jax.jit(lambda params, x: model.apply({"params": params}, x))
@@ -83,7 +77,7 @@ def _checks(model: MiniLLM) -> Iterator[dict[str, Any]]:
     if config.dtype == "float32":
         difference = _largest(forward(), expected) / unit
         name = "forward = reference, in the device's own precision"
-        yield {"check": name, "difference": difference, "limit": None, "passed": None}
+        yield _judged(name, difference, None)
     yield judged(
         *("cached = uncached", "itself"),
         lambda: _largest(_decoded(model, params, tokens), forward()[:, -DECODED:]),
@@ -108,24 +102,26 @@ def _checks(model: MiniLLM) -> Iterator[dict[str, Any]]:
 def _int8_checks() -> Iterator[dict[str, Any]]:
     """Kernels, keys and values in int8, beside the reference of the floats they are."""
     tokens = np.random.default_rng(0).integers(0, 61, (ROWS, LENGTH), np.int32)
-    for form, fields in int8.FORMS.items():
-        if not fields:
-            continue
-        config = testing.tiny_config(head_dim=64, dtype="bfloat16", **fields)
-        model = mj.create_model(config)
+    config = testing.tiny_config(head_dim=64, dtype="bfloat16")
+    for form in int8.FORMS:
+        model = mj.create_model(int8_forms.with_form(config, form))
         params = mj.init_params(MiniLLM(model.config.replace(quantization="none")))
         params = jax.device_put(testing.perturbed(params))
         params = mj.quantize(params, model.config.quantization)
         floats = quantized.restore(params)
-        expected = testing.reference_logits(config, floats, tokens)
+        expected = testing.reference_logits(model.config, floats, tokens)
         off = _largest(_decoded(model, params, tokens), expected[:, -DECODED:])
-        difference, limit = off / float(np.std(expected)), LIMITS["bfloat16"]
-        yield {
-            "check": f"{form} = reference of its floats",
-            "difference": difference,
-            "limit": limit["reference"],
-            "passed": bool(difference <= limit["reference"]),
-        }
+        yield _judged(
+            f"{form} = reference of its floats",
+            off / float(np.std(expected)),
+            LIMITS["bfloat16"]["reference"],
+        )
+
+
+def _judged(name: str, difference: float, limit: float | None) -> dict[str, Any]:
+    """A check's row; what has no limit is told alone."""
+    passed = None if limit is None else bool(difference <= limit)
+    return {"check": name, "difference": difference, "limit": limit, "passed": passed}
 
 
 def _precise(config: ModelConfig) -> contextlib.AbstractContextManager[Any]:

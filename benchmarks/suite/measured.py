@@ -5,20 +5,21 @@ that nothing has to be prefilled before a decode.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
-from benchmarks import decode_runs, hlo, measure
+from benchmarks import chunks, hlo, measure
+from benchmarks.chunks import DecodeChunk
 from benchmarks.suite.scale import Scale
 from minillm_jax.config import ModelConfig
 from minillm_jax.decoding import decode
 from minillm_jax.model import cache as kv
 from minillm_jax.model import transformer
 from minillm_jax.model.transformer import MiniLLM
-from minillm_jax.planning import costs
+from minillm_jax.planning import compiled, costs
 
 WARM_UP = 3  # runs: the first ones of an executable record its graphs
 
@@ -52,48 +53,47 @@ class Decode:
         capacity: int | None = None,
         options: dict[str, Any] | None = None,
     ):
-        self._config, self._params, self._scale = model.config, params, scale
+        self._config, self._scale = model.config, scale
         self._rows, self._context = rows, context
-        capacity = capacity or kv.capacity_bucket(model.config, context)
-        self._capacity = capacity
-        self._cache = held_cache(model.config, rows, capacity)
-        first = np.ones(rows, np.int32), np.ones(rows, bool)
-        self._first = jax.device_put(first)  # tokens, and rows that are active
-        lowered = decode.decode_chunk.lower(
-            *(model, params, self._cache, *self._first), steps=scale.steps
+        self._capacity = capacity or kv.capacity_bucket(model.config, context)
+        self._new = scale.steps * scale.chunks
+        self._chunk = DecodeChunk(
+            *(model, params, held_cache(model.config, rows, self._capacity)),
+            context=context - self._new - 1,
+            steps=scale.steps,
+            options=options,
         )
-        start = time.perf_counter()
-        self._chunk = lowered.compile(compiler_options=options)
-        self._compile_seconds = time.perf_counter() - start
 
-    def run(self, chunks: int) -> None:
-        """So many chunks, from the same state each time; waits for the last."""
-        new = self._scale.steps * self._scale.chunks
-        self._cache = decode_runs.rewound(self._cache, self._context - new - 1)
-        given, out = self._first, None
-        for _ in range(chunks):
-            out = self._chunk(self._params, self._cache, *given)
-            self._cache, given = out.cache, (out.tokens, out.active)
-        jax.block_until_ready(out)
+    def run(self, chunks: int) -> float:
+        """Seconds of so many chunks, from the same state each time."""
+        return self._chunk.seconds(chunks)
 
     def figures(self) -> dict[str, Any]:
         """Rates with their spread, and what the executable tells."""
-        scale, rows = self._scale, self._rows
-        new, memory = scale.steps * scale.chunks, self._chunk.memory_analysis()
-        seconds = _times(lambda: self.run(scale.chunks), scale.repeats)
-        seconds = [s / new for s in seconds]
-        held = self._context - new // 2 - 1  # mean over the steps
+        scale, rows, executable = self._scale, self._rows, self._chunk.executable
+        seconds = [self.run(scale.chunks) for _ in range(WARM_UP + scale.repeats)]
+        seconds = [s / self._new for s in seconds[WARM_UP:]]
+        held = self._context - self._new // 2 - 1  # mean over the steps
         return {
             "batch_size": rows,
             "context": self._context,
             "capacity": self._capacity,
-            "compile_seconds": self._compile_seconds,
+            "compile_seconds": self._chunk.compile_seconds,
             "decode_tokens_per_second": measure.spread([rows / s for s in seconds]),
             "step_seconds": measure.spread(seconds),
             "bytes_per_step": costs.decode_step_bytes(self._config, rows, held),
-            "kernels": hlo.Module(self._chunk.as_text() or "").loop_kernels(),
-            "temporary_bytes": memory and memory.temp_size_in_bytes,
+            "kernels": hlo.Module(executable.as_text() or "").loop_kernels(),
+            "temporary_bytes": compiled.temporary_bytes(executable),
         }
+
+
+def decode_figures(
+    model: MiniLLM, params: decode.Params, scale: Scale, batch_sizes: tuple[int, ...]
+) -> Iterator[dict[str, Any]]:
+    """Some batch sizes at the scale's context, then one row at its long one."""
+    shapes = [(rows, scale.context) for rows in batch_sizes]
+    for rows, context in [*shapes, (1, scale.long_context)]:
+        yield Decode(model, params, scale, rows=rows, context=context).figures()
 
 
 def prefill_figures(
@@ -113,19 +113,20 @@ def prefill_figures(
     left = jax.device_put(np.array([chunk], np.int32))
     lowered = decode.prefill_chunk.lower(model, params, cache, logits, ids, left)
     start = time.perf_counter()
-    compiled = lowered.compile()
+    executable: Any = lowered.compile()
     compile_seconds, rows = time.perf_counter() - start, []
-    memory: Any = compiled.memory_analysis()
 
-    def run(prompt: int) -> None:
+    def run(prompt: int) -> float:
         nonlocal cache, logits
-        cache = decode_runs.rewound(cache, 0)
+        cache = chunks.rewound(cache, 0)
+        start = time.perf_counter()
         for _ in range(prompt // chunk):
-            logits, cache = compiled(params, cache, logits, ids, left)
+            logits, cache = executable(params, cache, logits, ids, left)
         jax.block_until_ready(logits)
+        return time.perf_counter() - start
 
     for prompt in (p for p in prompts if p % chunk == 0):
-        seconds = _times(lambda prompt=prompt: run(prompt), scale.repeats)
+        seconds = [run(prompt) for _ in range(WARM_UP + scale.repeats)][WARM_UP:]
         heads = 2 * (prompt - prompt // chunk)  # only a chunk's last token has logits
         flops = costs.forward_flops(model.config, prompt)
         flops -= heads * model.config.vocab_size * model.config.dim_model
@@ -136,7 +137,7 @@ def prefill_figures(
             "prefill_seconds": measure.spread(seconds),
             "prefill_tokens_per_second": measure.spread([prompt / s for s in seconds]),
             "flops": flops,
-            "temporary_bytes": memory.temp_size_in_bytes,
+            "temporary_bytes": compiled.temporary_bytes(executable),
         }
         rows.append(row)
     return rows
@@ -160,12 +161,3 @@ def held_cache(config: ModelConfig, rows: int, capacity: int) -> dict[str, Any]:
 
 _normal = jax.jit(jax.random.normal, static_argnums=(1, 2))
 _numbers = jax.jit(jax.random.randint, static_argnums=(1, 2, 3, 4))
-
-
-def _times(run: Callable[[], None], repeats: int) -> list[float]:
-    seconds = []
-    for _ in range(WARM_UP + repeats):
-        start = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - start)
-    return seconds[WARM_UP:]

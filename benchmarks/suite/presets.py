@@ -24,11 +24,7 @@ def run(
         "decode": [],
         "prefill": [],
     }
-    shapes = [(rows, scale.context) for rows in scale.batch_sizes]
-    for rows, context in [*shapes, (1, scale.long_context)]:
-        decode = measured.Decode(model, params, scale, rows=rows, context=context)
-        row = decode.figures()
-        del decode  # and its cache
+    for row in measured.decode_figures(model, params, scale, scale.batch_sizes):
         results["decode"].append(row | _decode_shares(row, ceilings))
         yield results | {"peak_bytes": machine.peak_bytes(device)}
     for chunk in scale.prefill_chunks:

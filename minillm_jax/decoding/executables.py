@@ -212,7 +212,7 @@ class Executables:
             old = self._grown(key.capacity or 0)[key.size or 0]
             layers = [part["attention"] for n, part in cache.items() if n != "lengths"]
             half = next(kv.held(x)[0] for x in layers if x["k"].shape[-2] == old)
-            padded = jax.jit(_padded, static_argnames="slots")
+            padded = jax.jit(kv.padded, static_argnames="slots")
             return padded, self._shapes({"half": half}), {"slots": key.size}
         if key.name == "copy_rows":
             source = kv.cache_shapes(config, 1, key.size, policy=self.policy)
@@ -246,11 +246,6 @@ class Executables:
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._device)
 
         return jax.tree.map(shape, tree)
-
-
-def _padded(half: Any, slots: int) -> Any:
-    """The keys or the values of a layer with room for more."""
-    return jax.tree.map(functools.partial(kv.padded, slots=slots), half)
 
 
 def _jit_is_disabled() -> bool:

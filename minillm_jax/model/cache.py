@@ -106,8 +106,8 @@ def check_cache(config: ModelConfig, cache: Cache, policy: CachePolicy) -> None:
     """Raises ValueError where shapes show that `cache` was made for something else."""
     check_types(config, policy)
     names = {f"layers_{layer}" for layer in range(config.num_layers)} | {"lengths"}
-    heads = {(leaf.shape[-3], leaf.shape[-1]) for leaf in _entries(cache)}
-    if set(cache) != names or heads != {(config.num_kv_heads, config.head_dim)}:
+    heads = config.num_kv_heads, config.head_dim
+    if set(cache) != names or _heads(config, cache) != {heads}:
         raise ValueError("cache: was made for another config; make it with init_cache")
     for slots, rule in _rules(config, cache, policy):
         if rule.window is not None and rule.window <= rule.sinks:
@@ -489,22 +489,33 @@ def grow_cache(
     return grown
 
 
-def padded(leaf: Num[Array, "*B K S H"], slots: int) -> Num[Array, "*B K slots H"]:
-    """A leaf with empty slots behind its own, `slots` in all."""
-    added = [(0, 0)] * (leaf.ndim - 2) + [(0, slots - leaf.shape[-2]), (0, 0)]
-    return jnp.pad(leaf, added)
+def padded(half: Any, slots: int) -> Any:
+    """Keys or values with empty slots behind their own, `slots` in all.
+
+    As a leaf `[*B, K, S, H]`, or with its scales, as in `held`.
+    """
+
+    def pad(leaf: Num[Array, "*B K S H"]) -> Num[Array, "*B K slots H"]:
+        added = [(0, 0)] * (leaf.ndim - 2) + [(0, slots - leaf.shape[-2]), (0, 0)]
+        return jnp.pad(leaf, added)
+
+    return jax.tree.map(pad, half)
 
 
-def _entries(cache: Cache) -> list[Any]:
-    """The leaves of keys and values, without lengths and scales."""
-    leaves = jax.tree.leaves(dict(cache))
-    return [leaf for leaf in leaves if len(leaf.shape) > 1 and leaf.shape[-1] > 1]
+def _layers(config: ModelConfig, cache: Cache) -> list[Mapping[str, Any]]:
+    """Each layer's leaves by name."""
+    return [cache[f"layers_{n}"]["attention"] for n in range(config.num_layers)]
+
+
+def _heads(config: ModelConfig, cache: Cache) -> set[tuple[int, int]]:
+    """All pairs of key/value heads and head dim that there are."""
+    found = [layer[name] for layer in _layers(config, cache) for name in "kv"]
+    return {(leaf.shape[-3], leaf.shape[-1]) for leaf in found}
 
 
 def _slots(config: ModelConfig, cache: Cache) -> list[int]:
     """Slots of each layer's leaves."""
-    layers = [cache[f"layers_{layer}"] for layer in range(config.num_layers)]
-    return [layer["attention"]["k"].shape[-2] for layer in layers]
+    return [layer["k"].shape[-2] for layer in _layers(config, cache)]
 
 
 def _rules(

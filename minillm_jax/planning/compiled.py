@@ -36,6 +36,11 @@ def call_bytes(executable: Any) -> int:
     return found.argument_size_in_bytes + results + found.temp_size_in_bytes
 
 
+def temporary_bytes(executable: Any) -> int:
+    """What XLA holds beside the arguments and results of a compiled function."""
+    return executable.memory_analysis().temp_size_in_bytes
+
+
 def _decoding(model: MiniLLM, work: Workload) -> dict[str, Any]:
     config, rows = model.config, work.batch_size
     params = transformer.param_shapes(model)

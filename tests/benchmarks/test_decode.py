@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import minillm_jax as mj
-from benchmarks import decode_runs, fit, measure, prompts
+from benchmarks import chunks, decode_runs, fit, measure, prompts
 from minillm_jax.cli import app, config_files
 from minillm_jax.planning import devices
 
@@ -79,7 +79,7 @@ def test_each_repeat_decodes_from_the_same_state(tiny_model, tiny_params):
     first = np.argmax(logits, axis=-1)
     for _ in range(2):
         tokens, out = first, []
-        cache = decode_runs.rewound(cache, 12)
+        cache = chunks.rewound(cache, 12)
         for _ in range(20):
             logits, cache = step(tiny_model, tiny_params, cache, tokens)
             tokens = np.argmax(logits, axis=-1)

@@ -5,6 +5,12 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
+import minillm_jax as mj
+from benchmarks import int8_forms
+from minillm_jax import testing
+
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = {
     "max_seq_len": 64,
@@ -46,3 +52,12 @@ def test_rates_and_accuracy_are_told(tmp_path):
         assert 0 < row["kl_nats"] < (0.005 if row["form"] == "kv8" else 0.05)
         assert abs(row["bits_per_token_ratio"] - 1) < 0.01
     assert json.loads((tmp_path / "x.json").read_text()) == found
+
+
+def test_a_form_is_of_kernels_or_cache_or_both():
+    config = testing.tiny_config()
+    assert int8_forms.with_form(config, int8_forms.FLOATS) == config
+    both = int8_forms.with_form(config, "w8a16+kv8")
+    assert (both.quantization, both.cache_dtype) == ("w8a16", "int8")
+    with pytest.raises(mj.ConfigError, match=r"form 'w8a16\+kv4': 'kv4' is none of"):
+        int8_forms.with_form(config, "w8a16+kv4")
