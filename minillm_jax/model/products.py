@@ -51,8 +51,10 @@ def product(
     dtype = x.dtype if dtype is None else dtype
     if isinstance(kernel, Quantized):
         form = {"w8a16": _w8a16, "w8a8": _w8a8}[kernel.mode]
-        found = form(x.reshape(-1, x.shape[-1]), kernel).astype(dtype)
-        return found.reshape(*x.shape[:-1], *((-1,) if flat else kernel.outputs))
+        rows = (1,) * (x.ndim - 1)
+        scales = kernel.scales.reshape(*rows, *kernel.outputs)
+        found = (form(x, kernel) * scales).astype(dtype)
+        return found.reshape(*x.shape[:-1], -1) if flat else found
     kernel = kernel.astype(x.dtype)
     if flat:
         kernel = kernel.reshape(x.shape[-1], -1)
@@ -118,33 +120,52 @@ def rows(
     return take(table)
 
 
-def _w8a16(x: Float[Array, "R I"], kernel: Quantized) -> Float[Array, "R O"]:
-    """The numbers of the kernel as x's dtype has them, then their scales; float32."""
-    given = _twice(x[0], 0) if len(x) == 1 else x
-    sums = jax.lax.dot_general(
-        given,
-        kernel.values.astype(x.dtype),
-        (((1,), (1,)), ((), ())),
-        preferred_element_type=jnp.float32,
-    )
-    return sums[: len(x)] * kernel.scales[None]
+def _w8a16(x: Float[Array, "*axes I"], kernel: Quantized) -> Float[Array, "..."]:
+    """The numbers of the kernel as x's dtype has them, the sums in float32."""
+    return _sums(x, kernel, jnp.float32)
 
 
-def _w8a8(x: Float[Array, "R I"], kernel: Quantized) -> Float[Array, "R O"]:
-    """Whole numbers on both sides, then both scales; float32.
+def _w8a8(x: Float[Array, "*axes I"], kernel: Quantized) -> Float[Array, "..."]:
+    """Whole numbers on both sides, then the scales of x; float32.
 
-    Two rows are a matrix product of int8, which CPUs and tensor cores have; of one XLA
-    on CPU would convert the kernel. So one row goes twice.
+    A product of matrices in int8 is what CPUs and tensor cores have; of one row XLA on
+    CPU would convert the kernel.
     """
     given, scales = rounded(x)
-    given = _twice(given[0], 0) if len(x) == 1 else given
-    sums = jax.lax.dot_general(
-        given,
-        kernel.values,
-        (((1,), (1,)), ((), ())),
-        preferred_element_type=jnp.int32,
+    sums = _sums(given, kernel, jnp.int32).astype(jnp.float32)
+    outputs = (1,) * len(kernel.outputs)
+    return sums * scales.reshape(*x.shape[:-1], *outputs)
+
+
+def _sums(x, kernel: Quantized, dtype: DTypeLike):
+    """`x` times the numbers of a kernel, `[*axes, *outputs]`.
+
+    CPUs have a product of two matrices, at whose price one row is two. Elsewhere the
+    axes are those that the caller has: on a TPU, which may order them otherwise in
+    memory, a reshape to a matrix or from one would be a copy.
+    """
+    shape = (*x.shape[:-1], *kernel.outputs)
+    one_row = math.prod(x.shape[:-1]) == 1
+
+    def multiplied(x, values):
+        axes = ((x.ndim - 1,), (values.ndim - 1,))
+        return jnp.tensordot(
+            x, values.astype(x.dtype), axes, preferred_element_type=dtype
+        )
+
+    def as_matrices(x, values):
+        rows = x.reshape(-1, x.shape[-1])
+        rows = _twice(rows[0], 0) if one_row else rows
+        return multiplied(rows, values)[: math.prod(x.shape[:-1])].reshape(shape)
+
+    def as_they_are(x, values):
+        return multiplied(x, values.reshape(*kernel.outputs, -1))
+
+    if one_row:
+        return as_matrices(x, kernel.values)
+    return jax.lax.platform_dependent(
+        *(x, kernel.values), cpu=as_matrices, default=as_they_are
     )
-    return sums[: len(x)].astype(jnp.float32) * scales * kernel.scales[None]
 
 
 def _in_digits(axes: str, rows, matrices):
