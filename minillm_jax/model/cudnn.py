@@ -38,16 +38,19 @@ def resolve(config: ModelConfig) -> ModelConfig:
       ConfigError: if cuDNN is asked for, and cannot serve; it says why.
     """
     problem = why_not(config)
+    of_cache = problem
+    if problem is None and config.cache_dtype != config.dtype:
+        of_cache = f"needs a cache in {config.dtype}, not {config.cache_dtype}"
 
-    def chosen(name: str, auto: str) -> str:
+    def chosen(name: str, auto: str, problem: str | None) -> str:
         value = getattr(config, name)
         if value == "cudnn" and problem is not None:
             raise ConfigError(f"{name}='cudnn': {problem}; write 'auto' or 'xla'")
         return auto if value == "auto" else value
 
     return config.replace(
-        attention=chosen("attention", "xla" if problem else "cudnn"),
-        decode_attention=chosen("decode_attention", "xla"),
+        attention=chosen("attention", "xla" if problem else "cudnn", problem),
+        decode_attention=chosen("decode_attention", "xla", of_cache),
     )
 
 

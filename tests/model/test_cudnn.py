@@ -164,6 +164,20 @@ def test_what_cudnn_cannot_do_is_refused_or_left_to_xla(
     assert "write 'auto' or 'xla'" in str(raised.value)
 
 
+@pytest.mark.parametrize("cache_dtype", ["int8", "float32"])
+def test_a_step_by_cudnn_needs_a_cache_in_the_dtype_of_the_model(
+    monkeypatch, cache_dtype
+):
+    a_gpu(monkeypatch)
+    config = mj.Configs.small().replace(cache_dtype=cache_dtype)
+    chosen = mj.create_model(config).config
+    assert (chosen.attention, chosen.decode_attention) == ("cudnn", "xla")
+    assert mj.create_model(config.replace(attention="cudnn")).config == chosen
+    message = f"decode_attention='cudnn': needs a cache in bfloat16, not {cache_dtype};"
+    with pytest.raises(mj.ConfigError, match=message):
+        mj.create_model(config.replace(decode_attention="cudnn"))
+
+
 def test_without_a_gpu_cudnn_is_refused():
     config = mj.Configs.small().replace(dtype="bfloat16", attention="cudnn")
     with pytest.raises(mj.ConfigError, match="needs an NVIDIA GPU, not cpu"):
