@@ -22,6 +22,10 @@ class DecodeChunk:
       steps: of a chunk.
       tokens: `[B]` int32, what the rows go on from; None = any.
       options: the compiler's.
+
+    Attributes:
+      executable: of a chunk.
+      compile_seconds: what XLA took for it.
     """
 
     def __init__(
@@ -49,8 +53,8 @@ class DecodeChunk:
         self.compile_seconds = time.perf_counter() - start
 
     def seconds(self, chunks: int = 1) -> float:
-        """Of so many chunks, enqueued one after the other."""
-        self._cache = rewound(self._cache, self._context)
+        """Of so many chunks, one enqueued after the other, behind a rewound cache."""
+        self._cache = jax.block_until_ready(rewound(self._cache, self._context))
         given, out = self._first, None
         start = time.perf_counter()
         for _ in range(chunks):

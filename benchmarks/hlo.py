@@ -2,7 +2,7 @@
 
 A kernel is counted where XLA on a GPU launches one: an operation outside of a fusion
 that computes or moves something. Loops count once per turn where XLA knows how many
-there are.
+there are, and of a conditional the dearest branch.
 """
 
 import math
@@ -37,6 +37,14 @@ class Operation(NamedTuple):
         """The computation that `attribute` names, such as "calls" or "body"."""
         found = re.search(rf"\b{attribute}=%?([\w.-]+)", self.line)
         return found.group(1) if found else None
+
+    def branches(self) -> list[str]:
+        """The computations that a conditional chooses from."""
+        several = re.search(r"\bbranch_computations=\{([^}]*)\}", self.line)
+        if several:
+            return re.findall(r"[\w.-]+", several.group(1))
+        two = (self.called("true_computation"), self.called("false_computation"))
+        return [name for name in two if name]
 
 
 def _one(operation: Operation) -> int:
@@ -94,6 +102,9 @@ class Module:
                 turns = _TURNS.search(operation.line)
                 body = self._total(operation.called("body") or "", cost)
                 total += body * (int(turns.group(1)) if turns else 1)
+            elif name == "conditional":
+                branches = operation.branches()
+                total += max((self._total(b, cost) for b in branches), default=0)
             elif name == "call":
                 total += self._total(operation.called("to_apply") or "", cost)
             elif name not in _FREE and not name.endswith("-done"):

@@ -14,7 +14,7 @@ def with_form(config: ModelConfig, form: str) -> ModelConfig:
     for part in form.split("+"):
         if part not in (*QUANTIZATIONS, CACHE):
             known = ", ".join((*QUANTIZATIONS, CACHE))
-            raise ConfigError(f"form {form!r}: {part!r} is none of {known}")
+            raise ConfigError(f"{form!r}: {part!r} is none of {known}")
         field = "cache_dtype" if part == CACHE else "quantization"
         config = config.replace(**{field: "int8" if part == CACHE else part})
     return config

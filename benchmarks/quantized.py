@@ -21,12 +21,11 @@ import numpy as np
 from absl import flags
 from rich import console
 
-from benchmarks import measure, report
-from benchmarks.chunks import DecodeChunk
-from benchmarks.int8_forms import CACHE, FLOATS, with_form
+from benchmarks import chunks, int8_forms, measure, report
+from benchmarks.int8_forms import CACHE, FLOATS
 from minillm_jax.cli import app, config_files
 from minillm_jax.cli.app import UserError
-from minillm_jax.config import ModelConfig
+from minillm_jax.config import ConfigError, ModelConfig
 from minillm_jax.decoding import verify
 from minillm_jax.model import cache as kv
 from minillm_jax.model import quantized, transformer
@@ -54,7 +53,9 @@ def define_flags() -> None:
 def speeds(config: ModelConfig) -> list[dict[str, Any]]:
     """Each form's rates, and their ratio to the floats' of the same turn."""
     forms, made = [FLOATS, *FLAGS.forms], {}
-    models = [transformer.create_model(with_form(config, form)) for form in forms]
+    models = [
+        transformer.create_model(int8_forms.with_form(config, form)) for form in forms
+    ]
     for model in models:  # forms of the same kernels share them
         kernels = model.config.quantization
         if kernels not in made:
@@ -62,7 +63,7 @@ def speeds(config: ModelConfig) -> list[dict[str, Any]]:
     results = []
     for rows in map(int, FLAGS.batch_sizes):
         runs = [
-            DecodeChunk(
+            chunks.DecodeChunk(
                 *(model, made[model.config.quantization]),
                 kv.init_cache(model.config, rows, FLAGS.context + STEPS),
                 context=FLAGS.context,
@@ -90,7 +91,7 @@ def speeds(config: ModelConfig) -> list[dict[str, Any]]:
     return results
 
 
-def _rates(runs: list[DecodeChunk], rows: int) -> list[list[float]]:
+def _rates(runs: list[chunks.DecodeChunk], rows: int) -> list[list[float]]:
     """Tokens per second of all rows, of each run in each turn."""
     rates: list[list[float]] = [[] for _ in runs]
     for turn in range(WARM_UPS + FLAGS.rounds):
@@ -114,7 +115,7 @@ def accuracy(folder: pathlib.Path) -> list[dict[str, Any]]:
     floats = cached_logits(model, params, tokens)
     results = []
     for form in ACCURACY:
-        other = transformer.create_model(with_form(model.config, form))
+        other = transformer.create_model(int8_forms.with_form(model.config, form))
         given = quantized.quantize(params, other.config.quantization)
         ours = cached_logits(other, given, tokens)
         line = verify.compared(form, ours, floats, verify.BUDGETS["w8a8"])
@@ -158,9 +159,12 @@ def benchmark(config: ModelConfig) -> dict[str, Any]:
     if config.quantization != "none" or config.cache_dtype == "int8":
         raise UserError("--forms are what is in int8; the config is their floats")
     longest = max(map(int, FLAGS.batch_sizes))
+    try:
+        forms = [int8_forms.with_form(config, form) for form in (FLOATS, *FLAGS.forms)]
+    except ConfigError as error:
+        raise UserError(f"--forms: {error}") from None
     plan, *others = (
-        memory.plan_memory(with_form(config, form), longest, FLAGS.context + STEPS)
-        for form in (FLOATS, *FLAGS.forms)
+        memory.plan_memory(form, longest, FLAGS.context + STEPS) for form in forms
     )
     held = sum(one.total_bytes for one in (plan, *others))
     if held > plan.limit_bytes:

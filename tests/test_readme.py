@@ -105,4 +105,4 @@ def test_there_are_exactly_two_set_up_lines():
     lines = [line for line in README.splitlines() if line.startswith("python3 -m venv")]
     assert len(lines) == 2
     assert lines[0].endswith("-m benchmarks.decode --config=configs/small.py")
-    assert " -m pytest" in lines[1]
+    assert lines[1].endswith("-m pytest -n 2 --dist loadfile")

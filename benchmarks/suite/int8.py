@@ -3,14 +3,14 @@
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.int8_forms import CACHE, FLOATS, with_form
+from benchmarks import int8_forms
 from benchmarks.suite import measured
 from benchmarks.suite.scale import Scale
 from minillm_jax.model import transformer
 from minillm_jax.planning import costs
 
 PRESETS = ("large", "xlarge")
-FORMS = ("w8a16", "w8a8", CACHE, f"w8a16+{CACHE}")
+FORMS = ("w8a16", "w8a8", int8_forms.CACHE, f"w8a16+{int8_forms.CACHE}")
 
 
 def run(scale: Scale, found: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -18,13 +18,14 @@ def run(scale: Scale, found: dict[str, Any]) -> Iterator[dict[str, Any]]:
     results: dict[str, Any] = {"presets": {}}
     for name in PRESETS:
         rows = results["presets"][name] = []
-        for form in (FLOATS, *FORMS):
-            model = measured.model_of(with_form(scale.configs[name], form))
+        for form in (int8_forms.FLOATS, *FORMS):
+            config = int8_forms.with_form(scale.configs[name], form)
+            model = measured.model_of(config)
             params = transformer.init_params(model)
             told = {"form": form, "weights_bytes": costs.weight_bytes(model.config)}
             sizes = scale.batch_sizes[:2]
             for row in measured.decode_figures(model, params, scale, sizes):
-                same = [r for r in rows if r["form"] == FLOATS and _alike(r, row)]
+                same = [r for r in rows if _alike(r, row)]  # the floats first
                 floats = (same or [row])[0]["step_seconds"]["median"]
                 ratio = floats / row["step_seconds"]["median"]
                 rows.append(told | row | {"ratio": ratio})

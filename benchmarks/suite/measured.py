@@ -12,7 +12,6 @@ import jax
 import numpy as np
 
 from benchmarks import chunks, hlo, measure
-from benchmarks.chunks import DecodeChunk
 from benchmarks.suite.scale import Scale
 from minillm_jax.config import ModelConfig
 from minillm_jax.decoding import decode
@@ -57,16 +56,16 @@ class Decode:
         self._rows, self._context = rows, context
         self._capacity = capacity or kv.capacity_bucket(model.config, context)
         self._new = scale.steps * scale.chunks
-        self._chunk = DecodeChunk(
+        self._chunk = chunks.DecodeChunk(
             *(model, params, held_cache(model.config, rows, self._capacity)),
             context=context - self._new - 1,
             steps=scale.steps,
             options=options,
         )
 
-    def run(self, chunks: int) -> float:
+    def run(self, count: int) -> float:
         """Seconds of so many chunks, from the same state each time."""
-        return self._chunk.seconds(chunks)
+        return self._chunk.seconds(count)
 
     def figures(self) -> dict[str, Any]:
         """Rates with their spread, and what the executable tells."""
@@ -118,7 +117,7 @@ def prefill_figures(
 
     def run(prompt: int) -> float:
         nonlocal cache, logits
-        cache = chunks.rewound(cache, 0)
+        cache = jax.block_until_ready(chunks.rewound(cache, 0))
         start = time.perf_counter()
         for _ in range(prompt // chunk):
             logits, cache = executable(params, cache, logits, ids, left)

@@ -38,9 +38,9 @@ def resolve(config: ModelConfig) -> ModelConfig:
       ConfigError: if cuDNN is asked for, and cannot serve; it says why.
     """
     problem = why_not(config)
-    of_cache = problem
+    decode_problem = problem
     if problem is None and config.cache_dtype != config.dtype:
-        of_cache = f"needs a cache in {config.dtype}, not {config.cache_dtype}"
+        decode_problem = f"needs a cache in {config.dtype}, not {config.cache_dtype}"
 
     def chosen(name: str, auto: str, problem: str | None) -> str:
         value = getattr(config, name)
@@ -50,7 +50,7 @@ def resolve(config: ModelConfig) -> ModelConfig:
 
     return config.replace(
         attention=chosen("attention", "xla" if problem else "cudnn", problem),
-        decode_attention=chosen("decode_attention", "xla", of_cache),
+        decode_attention=chosen("decode_attention", "xla", decode_problem),
     )
 
 

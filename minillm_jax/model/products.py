@@ -26,7 +26,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, Int8
+from jaxtyping import Array, Float, Int, Int8, Num
 
 from minillm_jax.model.quantized import LARGEST, Quantized, rounded
 
@@ -51,8 +51,7 @@ def product(
     dtype = x.dtype if dtype is None else dtype
     if isinstance(kernel, Quantized):
         form = {"w8a16": _w8a16, "w8a8": _w8a8}[kernel.mode]
-        rows = (1,) * (x.ndim - 1)
-        scales = kernel.scales.reshape(*rows, *kernel.outputs)
+        scales = kernel.scales.reshape(*(1,) * (x.ndim - 1), *kernel.outputs)
         found = (form(x, kernel) * scales).astype(dtype)
         return found.reshape(*x.shape[:-1], -1) if flat else found
     kernel = kernel.astype(x.dtype)
@@ -137,12 +136,12 @@ def _w8a8(x: Float[Array, "*axes I"], kernel: Quantized) -> Float[Array, "..."]:
     return sums * scales.reshape(*x.shape[:-1], *outputs)
 
 
-def _sums(x, kernel: Quantized, dtype: DTypeLike):
+def _sums(x: Num[Array, "*axes I"], kernel: Quantized, dtype: DTypeLike):
     """`x` times the numbers of a kernel, `[*axes, *outputs]`.
 
-    CPUs have a product of two matrices, at whose price one row is two. Elsewhere the
-    axes are those that the caller has: on a TPU, which may order them otherwise in
-    memory, a reshape to a matrix or from one would be a copy.
+    On CPU a product of two matrices, as that of one row is everywhere, which is two.
+    Elsewhere the axes are those that the caller has: on a TPU, which may order them
+    otherwise in memory, a reshape to a matrix or from one would be a copy.
     """
     shape = (*x.shape[:-1], *kernel.outputs)
     one_row = math.prod(x.shape[:-1]) == 1

@@ -134,8 +134,10 @@ def _of_floats(plan: MemoryPlan) -> Iterator[Change]:
 
 
 def _of_generation(config: ModelConfig, trained: bool) -> Iterator[Change]:
-    if config.cache_dtype != "int8":
-        yield Change({"cache_dtype": "int8"})
+    if config.cache_dtype != "int8":  # which cuDNN does not read
+        by_xla = {"decode_attention": "xla"}
+        asked = config.decode_attention == "cudnn"
+        yield Change({"cache_dtype": "int8", **(by_xla if asked else {})})
     if config.quantization == "none":
         yield Change({"quantization": "int8"})
     heads = config.num_kv_heads

@@ -88,6 +88,28 @@ def test_each_repeat_decodes_from_the_same_state(tiny_model, tiny_params):
     np.testing.assert_array_equal(*runs)
 
 
+def test_a_chunk_starts_from_the_same_state_each_time(tiny_model, tiny_params):
+    cache = mj.init_cache(tiny_model.config, 2)
+    prompt = np.arange(24, dtype=np.int32).reshape(2, 12)
+    _, cache = mj.prefill(tiny_model, tiny_params, cache, prompt)
+    chunk = chunks.DecodeChunk(
+        *(tiny_model, tiny_params, cache), context=12, steps=4, tokens=prompt[:, 0]
+    )
+    run, sampled = chunk.executable, []
+
+    def kept(*given):
+        out = run(*given)
+        sampled.append([np.array(x) for x in (out.cache["lengths"], out.sampled)])
+        return out
+
+    chunk.executable = kept
+    assert min(chunk.seconds(), chunk.seconds(), chunk.seconds(2)) > 0
+    lengths, tokens = zip(*sampled, strict=True)
+    assert [found.tolist() for found in lengths] == [[16, 16]] * 3 + [[20, 20]]
+    for again in tokens[1:3]:
+        np.testing.assert_array_equal(again, tokens[0])
+
+
 def test_prompts_are_source_text_and_rows_differ():
     tokens = prompts.source_tokens(2, 4096, 256)
     assert tokens.shape == (2, 4096)

@@ -52,6 +52,39 @@ def test_a_conditional_is_a_wait():
     assert module(choose, x, which).waits() == 1
 
 
+@pytest.mark.parametrize(
+    "branches",
+    [
+        "branch_computations={%few, %many}",
+        "true_computation=%many, false_computation=%few",
+    ],
+)
+def test_of_a_conditional_the_dearest_branch_counts(branches):
+    found = hlo.Module(CONDITIONAL.replace("BRANCHES", branches))
+    assert found.kernels() == 2
+    assert found.cycles() == 7 + 30
+
+
+CONDITIONAL = """HloModule m
+
+%few (a: f32[8]) -> f32[8] {
+  %a = f32[8]{0} parameter(0)
+  ROOT %n = f32[8]{0} negate(%a), backend_config={"estimated_cycles":"9"}
+}
+
+%many (b: f32[8]) -> f32[8] {
+  %b = f32[8]{0} parameter(0)
+  %s = f32[8]{0} sine(%b), backend_config={"estimated_cycles":"7"}
+  ROOT %c = f32[8]{0} cosine(%s), backend_config={"estimated_cycles":"30"}
+}
+
+ENTRY %main (p: pred[], x: f32[8]) -> f32[8] {
+  %p = pred[] parameter(0)
+  %x = f32[8]{0} parameter(1)
+  ROOT %f = f32[8]{0} conditional(%p, %x, %x), BRANCHES
+}
+"""
+
 HEADER = """HloModule m
 
 %fused (p: f32[8,512]) -> f32[8,512] {

@@ -54,10 +54,26 @@ def test_rates_and_accuracy_are_told(tmp_path):
     assert json.loads((tmp_path / "x.json").read_text()) == found
 
 
+def test_a_form_that_is_none_is_refused():
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "benchmarks.quantized", "--config=small"),
+            "--forms=kv8,int4",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "--forms: 'int4': 'int4' is none of none, int8" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_form_is_of_kernels_or_cache_or_both():
     config = testing.tiny_config()
     assert int8_forms.with_form(config, int8_forms.FLOATS) == config
     both = int8_forms.with_form(config, "w8a16+kv8")
     assert (both.quantization, both.cache_dtype) == ("w8a16", "int8")
-    with pytest.raises(mj.ConfigError, match=r"form 'w8a16\+kv4': 'kv4' is none of"):
+    with pytest.raises(mj.ConfigError, match=r"'w8a16\+kv4': 'kv4' is none of"):
         int8_forms.with_form(config, "w8a16+kv4")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from minillm_jax.decoding import sampler, sampling
-from minillm_jax.model import attention, products, scores
+from minillm_jax.model import attention, products, quantized, scores
 from minillm_jax.model import cache as kv
 
 
@@ -47,6 +47,41 @@ def test_a_product_of_one_row(key, on, axis):
 
     expected = x @ (kernel if axis == 0 else kernel.T)
     chex.assert_trees_all_close(on("cuda", product, x, kernel), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize(("shape", "inputs"), [((8, 2, 3), 1), ((2, 2, 2, 6), 3)])
+@pytest.mark.parametrize("mode", quantized.MODES)
+def test_a_product_in_int8(key, on, mode, shape, inputs, flat):
+    x_key, kernel_key = jax.random.split(key)
+    x = jax.random.normal(x_key, (2, 5, 8))
+    leaf = quantized.quantized(jax.random.normal(kernel_key, shape), inputs, mode)
+
+    def product(x, leaf):
+        return products.product(x, leaf, flat=flat)
+
+    expected = products.product(x, leaf, flat=flat)
+    chex.assert_shape(expected, (2, 5, *((6,) if flat else shape[inputs:])))
+    for platform in ("tpu", "cuda"):
+        found = on(platform, product, x, leaf)
+        chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+@pytest.mark.parametrize("mode", quantized.MODES)
+def test_rows_meet_a_kernel_in_int8_with_the_axes_they_have(platform, mode):
+    """A matrix of them could be a copy on a TPU."""
+    leaf = quantized.quantized(jnp.ones((64, 2, 16)), 1, mode)
+    x = jnp.ones((2, 3, 64), jnp.bfloat16)
+    lowered = (
+        jax.jit(products.product).trace(x, leaf).lower(lowering_platforms=(platform,))
+    )
+    products_of = [
+        line for line in lowered.as_text().splitlines() if "dot_general" in line
+    ]
+    assert len(products_of) == 1
+    left, right = {"w8a16": ("bf16", "bf16"), "w8a8": ("i8", "i8")}[mode]
+    assert f"(tensor<2x3x64x{left}>, tensor<2x16x64x{right}>)" in products_of[0]
 
 
 RULES = {

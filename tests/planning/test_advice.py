@@ -57,6 +57,14 @@ def test_what_is_said_to_fit_fits(name, device, rows, training):
         assert planned_again(plan, fitting.change).fits
 
 
+def test_an_int8_cache_is_not_advised_for_cudnn_to_read():
+    config = mj.Configs.large().replace(dtype="bfloat16", decode_attention="cudnn")
+    found = advice.singles(mj.plan_memory(config, 4, device="h200"))
+    changes = [one.change.model for one in found]
+    assert {"cache_dtype": "int8", "decode_attention": "xla"} in changes
+    assert {"cache_dtype": "int8"} not in changes
+
+
 def test_changes_are_put_together_where_one_is_not_enough():
     plan = mj.plan_memory(mj.Configs.xlarge(), device="t4")
     found = advice.singles(plan)
