@@ -76,9 +76,8 @@ def run(
     progress: Callable[[str], None] = lambda stage: None,
 ) -> dict[str, Any]:
     """Measures one shape; the keys are those of the benchmark's `results`."""
-    config = model.config.replace(eos_token_ids=())  # every row runs to the end
-    model, rows, vocab = MiniLLM(config), shape.batch_size, config.vocab_size
-    prompt = prompts.source_tokens(rows, shape.prompt_tokens, vocab)
+    config, rows = model.config, shape.batch_size
+    prompt = prompts.source_tokens(rows, shape.prompt_tokens, config.vocab_size)
     cache = kv.init_cache(config, rows, shape.capacity)
     slots = kv.num_slots(config, shape.capacity, kv.CachePolicy())
 
@@ -94,11 +93,7 @@ def run(
         )
         chunk_bytes = compiled.call_bytes(chunk.executable)
         del cache
-        chunk.seconds()  # warms up
-        bounds, steps = [], []
-        for _ in range(repeats):
-            bounds.append(bandwidth.probe())
-            steps.append(chunk.seconds() / (shape.new_tokens - 1))
+        steps, bounds = _decode(chunk, shape.new_tokens - 1, repeats, bandwidth)
         compile_seconds = compiling()
     del chunk  # and its cache
     no_cache = no_cache_bytes = None
@@ -157,6 +152,18 @@ def _prefill(model, params, cache, prompt, repeats: int):
             if repeat < repeats:
                 cache = chunks.rewound(cache, 0)
     return seconds, cache, tokens
+
+
+def _decode(
+    chunk: chunks.DecodeChunk, steps: int, repeats: int, bandwidth: measure.Bandwidth
+) -> tuple[list[float], list[float]]:
+    """Seconds per step, and the probe beside it in bytes/s, per repeat."""
+    chunk.seconds()  # warms up
+    seconds, bounds = [], []
+    for _ in range(repeats):
+        bounds.append(bandwidth.probe())
+        seconds.append(chunk.seconds() / steps)
+    return seconds, bounds
 
 
 def _no_cache(model, params, tokens: np.ndarray) -> tuple[float, int]:

@@ -50,12 +50,10 @@ def define_flags() -> None:
     flags.DEFINE_string("json_path", None, "Also write the JSON object to this file.")
 
 
-def speeds(config: ModelConfig) -> list[dict[str, Any]]:
-    """Each form's rates, and their ratio to the floats' of the same turn."""
-    forms, made = [FLOATS, *FLAGS.forms], {}
-    models = [
-        transformer.create_model(int8_forms.with_form(config, form)) for form in forms
-    ]
+def speeds(forms: list[tuple[str, ModelConfig]]) -> list[dict[str, Any]]:
+    """Each form's rates, and their ratio to the first one's of the same turn."""
+    made: dict[str, Any] = {}
+    models = [transformer.create_model(config) for _, config in forms]
     for model in models:  # forms of the same kernels share them
         kernels = model.config.quantization
         if kernels not in made:
@@ -72,7 +70,9 @@ def speeds(config: ModelConfig) -> list[dict[str, Any]]:
             for model in models
         ]
         rates = _rates(runs, rows)
-        for form, model, run, found in zip(forms, models, runs, rates, strict=True):
+        for (form, _), model, run, found in zip(
+            forms, models, runs, rates, strict=True
+        ):
             pairs = zip(found, rates[0], strict=True)
             held = costs.seen(model.config, FLAGS.context)
             results.append(
@@ -160,11 +160,12 @@ def benchmark(config: ModelConfig) -> dict[str, Any]:
         raise UserError("--forms are what is in int8; the config is their floats")
     longest = max(map(int, FLAGS.batch_sizes))
     try:
-        forms = [int8_forms.with_form(config, form) for form in (FLOATS, *FLAGS.forms)]
+        names = (FLOATS, *FLAGS.forms)
+        forms = [(name, int8_forms.with_form(config, name)) for name in names]
     except ConfigError as error:
         raise UserError(f"--forms: {error}") from None
     plan, *others = (
-        memory.plan_memory(form, longest, FLAGS.context + STEPS) for form in forms
+        memory.plan_memory(form, longest, FLAGS.context + STEPS) for _, form in forms
     )
     held = sum(one.total_bytes for one in (plan, *others))
     if held > plan.limit_bytes:
@@ -174,7 +175,7 @@ def benchmark(config: ModelConfig) -> dict[str, Any]:
         )
     folders = [pathlib.Path(name.strip()) for name in FLAGS.models if name.strip()]
     result = report.header("quantized", {"model": plan.config.to_dict()})
-    result |= {"context": FLAGS.context, "results": speeds(config), "accuracy": []}
+    result |= {"context": FLAGS.context, "results": speeds(forms), "accuracy": []}
     for folder in folders:
         result["accuracy"] += accuracy(folder)
     return result

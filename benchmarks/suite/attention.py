@@ -24,7 +24,7 @@ def run(scale: Scale, found: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def _preset(scale: Scale, config: ModelConfig) -> Iterator[dict[str, Any]]:
     plain = config.replace(attention="xla", decode_attention="xla")
-    model = measured.model_of(plain)
+    model = transformer.create_model(plain)
     params = transformer.init_params(model)
     problem = cudnn.why_not(model.config)
     kernels = ["xla"] if problem else ["xla", "cudnn"]
@@ -32,7 +32,7 @@ def _preset(scale: Scale, config: ModelConfig) -> Iterator[dict[str, Any]]:
     result = {"cudnn": problem or "used", "decode": [], "prefill": []}
     for kernel in kernels:
         config = plain.replace(attention=kernel, decode_attention=kernel)
-        model = measured.model_of(config)
+        model = transformer.create_model(config)
         for rows in scale.batch_sizes[:2]:
             for slots in (None, min(capacity, config.max_kv_cache_len)):
                 decode = measured.Decode(

@@ -20,7 +20,7 @@ def run(scale: Scale, found: dict[str, Any]) -> Iterator[dict[str, Any]]:
         rows = results["presets"][name] = []
         for form in (int8_forms.FLOATS, *FORMS):
             config = int8_forms.with_form(scale.configs[name], form)
-            model = measured.model_of(config)
+            model = transformer.create_model(config)
             params = transformer.init_params(model)
             told = {"form": form, "weights_bytes": costs.weight_bytes(model.config)}
             sizes = scale.batch_sizes[:2]

@@ -24,7 +24,7 @@ def run(scale: Scale, found: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Each option alone, at batch size 1; what XLA refuses is told."""
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in PRESETS}
     for name, rows in results.items():
-        model = measured.model_of(scale.configs[name])
+        model = transformer.create_model(scale.configs[name])
         params = transformer.init_params(model)
         for label, options in OPTIONS.items():
             try:

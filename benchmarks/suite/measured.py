@@ -16,23 +16,17 @@ from benchmarks.suite.scale import Scale
 from minillm_jax.config import ModelConfig
 from minillm_jax.decoding import decode
 from minillm_jax.model import cache as kv
-from minillm_jax.model import transformer
 from minillm_jax.model.transformer import MiniLLM
 from minillm_jax.planning import compiled, costs
 
 WARM_UP = 3  # runs: the first ones of an executable record its graphs
 
 
-def model_of(config: ModelConfig) -> MiniLLM:
-    """The model of a config, whose rows run to the end."""
-    return transformer.create_model(config.replace(eos_token_ids=()))
-
-
 class Decode:
     """A greedy decode up to `context` tokens a row, in chunks enqueued in turn.
 
     Args:
-      model: whose rows run to the end.
+      model: whose rows run to the end, as `DecodeChunk` has it.
       params: the inner tree.
       scale: steps of a chunk, chunks of a run, and repeats.
       rows: of the batch.

@@ -15,7 +15,7 @@ def run(
     scale: Scale, found: dict[str, Any], *, preset: str
 ) -> Iterator[dict[str, Any]]:
     """Shares are given where the part of the ceilings found them."""
-    model = measured.model_of(scale.configs[preset])
+    model = transformer.create_model(scale.configs[preset])
     params = transformer.init_params(model)
     ceilings, device = found.get("ceilings", {}), jax.devices()[0]
     results: dict[str, Any] = {

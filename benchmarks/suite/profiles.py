@@ -20,7 +20,7 @@ def run(scale: Scale, found: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Each preset at batch size 1; None where the profiler saw no GPU."""
     results: dict[str, Any] = {"presets": {}}
     for name, config in scale.configs.items():
-        model = measured.model_of(config)
+        model = transformer.create_model(config)
         params = transformer.init_params(model)
         decode = measured.Decode(model, params, scale, rows=1, context=scale.context)
         for _ in range(measured.WARM_UP):
