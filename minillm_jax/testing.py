@@ -1,9 +1,10 @@
-"""For tests, this package's and yours: a tiny config, and the oracle of its logits."""
+"""For tests, this package's and yours: a tiny model, and the oracle of its logits."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 
@@ -41,6 +42,22 @@ def counted_compilations() -> Iterator[list[float]]:
         yield compilations
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def plain_params(model: nn.Module) -> Any:
+    """Zeros, and vectors such as norm scales of 1: of NumPy, so nothing compiles."""
+    tokens = jax.ShapeDtypeStruct((1, 1), np.int32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+
+    def plain(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        return np.full(leaf.shape, float(leaf.ndim == 1), leaf.dtype)
+
+    return jax.tree.map(plain, shapes)
+
+
+def noisy_params(model: nn.Module, seed: int = 0, std: float = 0.2) -> dict[str, Any]:
+    """Parameters with nothing in them at 0 or 1, on the device; nothing compiles."""
+    return jax.device_put(perturbed(plain_params(model), seed, std))
 
 
 def perturbed(params: Mapping[str, Any], seed: int = 0, std: float = 0.2) -> Any:

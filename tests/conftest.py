@@ -1,7 +1,23 @@
-"""Fixtures; shapes checked at run time, and no silent rank promotion."""
+"""Fixtures; shapes checked at run time, no silent rank promotion, short compilations.
+
+The suite is mostly XLA's time. What is compiled is kept on disk until the session ends,
+for all of its processes. Without slow tests, LLVM also optimizes little: the HLO and
+its memory, of which tests speak, are the same.
+"""
+
+import os
+import shutil
+import tempfile
 
 import jaxtyping
 import pytest
+
+_COMPILED = None
+if "PYTEST_XDIST_WORKER" not in os.environ:  # which has these from its parent
+    _COMPILED = tempfile.mkdtemp(prefix="minillm_jax_tests_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 
 # Before anything imports them: the annotated shapes of these packages hold in tests.
 _CHECKED = ["minillm_jax.model", "minillm_jax.decoding"]
@@ -13,6 +29,24 @@ import minillm_jax as mj  # noqa: E402
 from minillm_jax import testing  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_configure(config):
+    if "not slow" in config.option.markexpr:
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # of the commands
+        jax.config.update("jax_disable_most_optimizations", True)
+
+
+def pytest_unconfigure():
+    if _COMPILED is not None:
+        shutil.rmtree(_COMPILED, ignore_errors=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _without_others_programs():
+    """Compiled code is many mappings of memory, of which a process has but so many."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture

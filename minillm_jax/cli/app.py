@@ -5,6 +5,7 @@ folder, whose config and weights take the place of the model's. Whatever the use
 wrong ends with exit code 2 and one line on stderr, without a traceback.
 """
 
+import _thread
 import contextlib
 import dataclasses
 import functools
@@ -13,6 +14,7 @@ import logging
 import os
 import pathlib
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -122,7 +124,16 @@ def _run(main: Callable[[], None], parse: Callable[[Sequence[str]], Any]) -> Non
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what it cannot write becomes "?"
             stream.reconfigure(errors="replace")
+    sys.unraisablehook = _interrupt_again
     app.run(checked, flags_parser=parse)
+
+
+def _interrupt_again(dropped: "sys.UnraisableHookArgs") -> None:
+    """A Ctrl-C counts where Python drops what is raised, as in JAX's GC callback."""
+    if issubclass(dropped.exc_type, KeyboardInterrupt):
+        threading.Timer(0.05, _thread.interrupt_main).start()  # outside of it
+    else:
+        sys.__unraisablehook__(dropped)
 
 
 def _parse(

@@ -2,8 +2,6 @@
 
 import importlib
 import json
-import pathlib
-import subprocess
 import sys
 
 import jax
@@ -17,8 +15,8 @@ from benchmarks.peers import ours
 from minillm_jax import testing
 from minillm_jax.cli import config_files
 from minillm_jax.config import ConfigError
+from tests import commands
 
-ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = """
 from minillm_jax.cli import config_files
 
@@ -43,7 +41,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def params(model):
-    return jax.device_put(testing.perturbed(mj.init_params(model)))
+    return testing.noisy_params(model)
 
 
 @pytest.fixture(scope="module")
@@ -121,9 +119,8 @@ def test_another_program_gives_the_same_tokens(name, folder, prompt, greedy):
 def compare(tmp_path, *arguments, config=CONFIG):
     path = tmp_path / "config.py"
     path.write_text(config)
-    command = [sys.executable, "-m", "benchmarks.compare", f"--config={path}"]
-    command += [f"--config.{argument}" for argument in arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    changes = [f"--config.{argument}" for argument in arguments]
+    return commands.run("benchmarks.compare", f"--config={path}", *changes)
 
 
 def test_the_comparison_prints_tables_and_one_json_object_last(tmp_path):

@@ -2,9 +2,6 @@
 
 import dataclasses
 import json
-import pathlib
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -14,8 +11,8 @@ import minillm_jax as mj
 from benchmarks import chunks, decode_runs, fit, measure, prompts
 from minillm_jax.cli import app, config_files
 from minillm_jax.planning import devices
+from tests import commands
 
-ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = """
 from minillm_jax.cli import config_files
 
@@ -32,9 +29,8 @@ def get_config():
 def test_the_benchmark_prints_a_table_and_one_json_object_last(tmp_path):
     path, copy = tmp_path / "config.py", tmp_path / "result.json"
     path.write_text(CONFIG)
-    command = [sys.executable, "-m", "benchmarks.decode", f"--config={path}"]
-    command += [f"--config.decode.json_path={copy}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    arguments = [f"--config={path}", f"--config.decode.json_path={copy}"]
+    done = commands.run("benchmarks.decode", *arguments)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     *table, last = done.stdout.splitlines()

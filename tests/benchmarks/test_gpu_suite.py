@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import pathlib
 import subprocess
 import sys
 
@@ -11,13 +10,11 @@ import pytest
 from benchmarks import gpu_suite, suite
 from benchmarks.suite import presets, scale, tables
 from minillm_jax.config import Configs
-
-ROOT = pathlib.Path(__file__).parents[2]
+from tests import commands
 
 
 def run_suite(*arguments):
-    command = [sys.executable, "-m", "benchmarks.gpu_suite", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return commands.run("benchmarks.gpu_suite", *arguments, timeout=600)
 
 
 @pytest.fixture(scope="module")

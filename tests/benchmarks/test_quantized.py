@@ -1,17 +1,14 @@
 """`benchmarks.quantized` as a person runs it."""
 
 import json
-import pathlib
-import subprocess
-import sys
 
 import pytest
 
 import minillm_jax as mj
 from benchmarks import int8_forms
 from minillm_jax import testing
+from tests import commands
 
-ROOT = pathlib.Path(__file__).parents[2]
 TINY = {
     "max_seq_len": 64,
     "max_kv_cache_len": 64,
@@ -25,16 +22,10 @@ TINY = {
 
 def test_rates_and_accuracy_are_told(tmp_path):
     fields = [f"--config.model.{n}={v}" for n, v in TINY.items()]
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "benchmarks.quantized", "--config=small", *fields),
-            *("--batch_sizes=2", "--context=32", "--rounds=2"),
-            *("--models=tests/goldens/llama2", f"--json_path={tmp_path / 'x.json'}"),
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
+    done = commands.run(
+        *("benchmarks.quantized", "--config=small", *fields),
+        *("--batch_sizes=2", "--context=32", "--rounds=2"),
+        *("--models=tests/goldens/llama2", f"--json_path={tmp_path / 'x.json'}"),
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
@@ -55,16 +46,7 @@ def test_rates_and_accuracy_are_told(tmp_path):
 
 
 def test_a_form_that_is_none_is_refused():
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "benchmarks.quantized", "--config=small"),
-            "--forms=kv8,int4",
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = commands.run("benchmarks.quantized", "--config=small", "--forms=kv8,int4")
     assert done.returncode != 0
     assert "--forms: 'int4': 'int4' is none of none, int8" in done.stderr
     assert "Traceback" not in done.stderr

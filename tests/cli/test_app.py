@@ -1,13 +1,15 @@
 """Bad input on the command line: one clear line, exit code 2, no traceback."""
 
-import concurrent.futures
-import pathlib
-import subprocess
+import gc
+import signal
 import sys
+import time
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[2]
+from minillm_jax.cli import app
+from tests import commands
+
 CONFIG_FILES = {
     "raises.py": "def get_config():\n    x = 1\n    raise RuntimeError('no\\nluck')\n",
     "value_error.py": "def get_config():\n    return int('x')\n",
@@ -72,27 +74,35 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    """Every case, run two at a time."""
-    folder = tmp_path_factory.mktemp("configs")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("configs")
     for name, text in CONFIG_FILES.items():
-        (folder / name).write_text(text)
-
-    def run(arguments):
-        command = [sys.executable, "-m", "benchmarks.decode"]
-        command += arguments.replace("TMP", str(folder)).split()
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        return dict(zip(CASES, pool.map(run, CASES), strict=True))
+        (path / name).write_text(text)
+    return path
 
 
 @pytest.mark.parametrize("arguments", CASES)
-def test_a_mistake_ends_in_one_clear_line_and_exit_code_2(outcomes, arguments):
-    outcome = outcomes[arguments]
+def test_a_mistake_ends_in_one_clear_line_and_exit_code_2(folder, arguments):
+    filled = arguments.replace("TMP", str(folder)).split()
+    outcome = commands.run("benchmarks.decode", *filled)
     assert outcome.returncode == 2
     assert outcome.stdout == ""
     lines = outcome.stderr.strip().splitlines()
     assert len(lines) == 1, outcome.stderr
     for word in ("error: ", *CASES[arguments]):
         assert word in lines[0]
+
+
+def test_an_interrupt_that_a_callback_drops_comes_again(monkeypatch):
+    """As one does that comes during JAX's callback of the garbage collector."""
+    monkeypatch.setattr(sys, "unraisablehook", app._interrupt_again)
+
+    def interrupted(phase, info):
+        gc.callbacks.remove(interrupted)
+        signal.raise_signal(signal.SIGINT)
+
+    gc.callbacks.append(interrupted)
+    gc.collect()
+    with pytest.raises(KeyboardInterrupt):
+        for _ in range(1000):
+            time.sleep(0.01)

@@ -1,6 +1,5 @@
 """`cli.generate` as a person uses it: text, JSON, pipes, mistakes, Ctrl-C, a chat."""
 
-import concurrent.futures
 import dataclasses
 import functools
 import json
@@ -23,6 +22,7 @@ from tokenizers import decoders, models, pre_tokenizers
 import minillm_jax as mj
 from minillm_jax.cli import generate, request
 from minillm_jax.planning import devices
+from tests import commands
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = {
@@ -36,23 +36,17 @@ TINY = {
     "prefill_chunk": 32,
 }
 COMMAND = [
-    *(sys.executable, "-m", "minillm_jax.cli.generate", "--config=small"),
+    *("minillm_jax.cli.generate", "--config=small"),
     *(f"--config.model.{name}={value}" for name, value in TINY.items()),
 ]
+OWN = [sys.executable, "-m", *COMMAND]  # in a process of its own
 GREEDY = ("--prompt=Once", "--temperature=0")
 LONG = "x" * 290
 FULL = (f"--prompt={LONG}", "--json", "--temperature=0")
 
 
-def run(*arguments, given="", env=None):
-    return subprocess.run(
-        [*COMMAND, *arguments],
-        cwd=ROOT,
-        env=env,
-        capture_output=True,
-        input=given.encode() if isinstance(given, str) else given,
-        timeout=120,
-    )
+def run(*arguments, given=""):
+    return commands.run(*COMMAND, *arguments, given=given)
 
 
 # Name -> arguments of runs that go well.
@@ -138,58 +132,49 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def outcomes(folder):
-    """Every run and mistake, two at a time."""
+def outcome(folder):
+    """That of a run by its name, or of other arguments; each runs once."""
 
-    # JAX's own cache on disk: most runs compile the same.
-    cache = {
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
-    }
-
-    def one(arguments):
+    @functools.cache
+    def one(asked):
+        given = "Once" if asked == "stdin" else ""
+        arguments = RUNS.get(asked, asked)
         filled = (argument.replace("TMP", str(folder)) for argument in arguments)
-        given = "Once" if arguments == RUNS["stdin"] else ""
-        return run(*filled, given=given, env=os.environ | cache)
+        return run(*filled, given=given)
 
-    cases = [*RUNS.values(), *MISTAKES]
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        done = dict(zip(cases, pool.map(one, cases), strict=True))
-    named = {name: done[arguments] for name, arguments in RUNS.items()}
-    return named | {arguments: done[arguments] for arguments in MISTAKES}
+    return one
 
 
-def report(outcome):
+def report(done):
     """The JSON of a run that went well: one object, last on stdout."""
-    assert outcome.returncode == 0, outcome.stderr.decode()
-    return json.loads(outcome.stdout.decode().splitlines()[-1])
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize("arguments", MISTAKES, ids=lambda a: " ".join(a)[:50])
-def test_a_mistake_is_one_clear_line(outcomes, arguments):
-    outcome = outcomes[arguments]
-    lines = outcome.stderr.decode().splitlines()
-    assert outcome.returncode == 2, lines
+def test_a_mistake_is_one_clear_line(outcome, arguments):
+    done = outcome(arguments)
+    lines = done.stderr.splitlines()
+    assert done.returncode == 2, lines
     assert len(lines) == 1
     assert lines[0].startswith("generate: error: ")
     for word in MISTAKES[arguments]:
         assert word in lines[0]
-    assert not outcome.stdout
+    assert not done.stdout
 
 
-def test_text_goes_to_stdout_and_rates_to_stderr(outcomes):
-    outcome, told = outcomes["text"], report(outcomes["json"])
-    assert outcome.returncode == 0
-    assert outcome.stdout.decode() == told["text"] + "\n"
-    note, summary = outcome.stderr.decode().splitlines()
+def test_text_goes_to_stdout_and_rates_to_stderr(outcome):
+    done, told = outcome("text"), report(outcome("json"))
+    assert done.returncode == 0
+    assert done.stdout == told["text"] + "\n"
+    note, summary = done.stderr.splitlines()
     assert note.startswith("generate: the weights are random")
     assert "20 tokens at" in summary
     assert "ended by length; cache 24 of 300" in summary
 
 
-def test_the_json_tells_what_the_run_cost(outcomes):
-    told = report(outcomes["json"])
+def test_the_json_tells_what_the_run_cost(outcome):
+    told = report(outcome("json"))
     assert (told["prompt_tokens"], told["completion_tokens"]) == (4, 20)
     assert len(told["tokens"]) == len(told["logprobs"]) == 20
     assert [len(top) for top in told["top_logprobs"]] == [2] * 20
@@ -202,10 +187,10 @@ def test_the_json_tells_what_the_run_cost(outcomes):
     assert told["config"]["dim_model"] == 32
 
 
-def test_the_prompt_may_come_from_a_file_or_a_pipe(outcomes):
-    tokens = report(outcomes["json"])["tokens"]
-    assert report(outcomes["file"])["tokens"][:20] == tokens
-    assert report(outcomes["stdin"])["tokens"] == tokens[:5]
+def test_the_prompt_may_come_from_a_file_or_a_pipe(outcome):
+    tokens = report(outcome("json"))["tokens"]
+    assert report(outcome("file"))["tokens"][:20] == tokens
+    assert report(outcome("stdin"))["tokens"] == tokens[:5]
 
 
 @pytest.mark.parametrize(
@@ -219,14 +204,14 @@ def test_the_prompt_may_come_from_a_file_or_a_pipe(outcomes):
         ("ring", 40, "length"),
     ],
 )
-def test_overflow_counts_as_in_the_library(outcomes, name, tokens, reason):
-    told = report(outcomes[name])
+def test_overflow_counts_as_in_the_library(outcome, name, tokens, reason):
+    told = report(outcome(name))
     assert (told["completion_tokens"], told["finish_reason"]) == (tokens, reason)
     assert told["cache"]["overwritten"] == (320 if name == "ring" else 0)
 
 
-def test_sampling_flags_reach_the_sampler(outcomes):
-    told = report(outcomes["sampling"])
+def test_sampling_flags_reach_the_sampler(outcome):
+    told = report(outcome("sampling"))
     assert told["completion_tokens"] == 8
     assert 65 not in told["tokens"]
 
@@ -274,16 +259,16 @@ def test_there_is_a_flag_for_every_field_and_its_value_is_taken(
         assert getattr(request.sampling_params(), name) == getattr(expected, name)
 
 
-def test_stop_ids_and_stop_strings_end_the_text(outcomes):
-    told = report(outcomes["stop id"])
+def test_stop_ids_and_stop_strings_end_the_text(outcome):
+    told = report(outcome("stop id"))
     assert (told["tokens"], told["text"], told["finish_reason"]) == ([90], "", "stop")
-    told = report(outcomes["stop"])
+    told = report(outcome("stop"))
     assert told["tokens"] == [90, 90, 90]
     assert (told["text"], told["finish_reason"]) == ("", "stop")
 
 
-def test_a_tokenizer_brings_its_ids_and_eos(outcomes):
-    told = report(outcomes["tokenizer"])
+def test_a_tokenizer_brings_its_ids_and_eos(outcome):
+    told = report(outcome("tokenizer"))
     assert told["prompt_tokens"] == 2
     assert set(told["tokens"]) <= set(range(11))
     assert told["config"]["eos_token_ids"] == [10]
@@ -297,7 +282,7 @@ def test_ctrl_c_ends_with_what_there_is(form):
     """The first letters are out, or the work has begun; then the signal comes."""
     arguments = ("--prompt=a", "--overflow=ring", "--max_new_tokens=1000000")
     process = subprocess.Popen(
-        [*COMMAND, *arguments, *(["--json"] if form == "json" else [])],
+        [*OWN, *arguments, *(["--json"] if form == "json" else [])],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -325,7 +310,7 @@ def test_ctrl_c_ends_with_what_there_is(form):
 
 
 def test_a_reader_that_leaves_is_no_traceback():
-    line = f"{' '.join(COMMAND)} --prompt=a --max_new_tokens=200 | head -c 1"
+    line = f"{' '.join(OWN)} --prompt=a --max_new_tokens=200 | head -c 1"
     outcome = subprocess.run(line, shell=True, cwd=ROOT, capture_output=True)
     assert len(outcome.stdout) == 1
     assert b"Traceback" not in outcome.stderr
@@ -335,16 +320,16 @@ def test_a_reader_that_leaves_is_no_traceback():
 def test_a_chat_prefills_only_what_is_new():
     # Bytes that are text, so that a reply encodes to the tokens that it came from.
     bias = ",".join(f"{byte}:50" for byte in range(97, 123))
-    outcome = run(
+    done = run(
         *("--chat", "--system=be short", "--max_new_tokens=10", f"--logit_bias={bias}"),
         given="hello\n\nand again\n/reset\nhello\n"
         + "long " * 100
         + "\nhello\n/exit\nno",
     )
-    assert outcome.returncode == 0, outcome.stderr.decode()
-    replies = outcome.stdout.decode().splitlines()
+    assert done.returncode == 0, done.stderr
+    replies = done.stdout.splitlines()
     assert [len(reply) for reply in replies] == [10] * 4
-    _, first, second, third, refused, fourth = outcome.stderr.decode().splitlines()
+    _, first, second, third, refused, fourth = done.stderr.splitlines()
     system, user = len("system: be short\n"), len("user: hello\n")
     asked = system + user + len("assistant: ")
     assert first.startswith(f"[prompt {asked} tokens;")
@@ -424,5 +409,5 @@ def test_a_prompt_cache_file_changes_how_long_it_takes_alone(tmp_path):
     assert [tokens(one, kept) for one in (asked[0], *asked)] == [without[0], *without]
     done = run(*GREEDY, kept, "--config.model.rope_theta=500.0")
     assert done.returncode == 2
-    assert b"another config (rope_theta=10000.0 and not 500.0)" in done.stderr
-    assert done.stderr.count(b"\n") == 1
+    assert "another config (rope_theta=10000.0 and not 500.0)" in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -1,10 +1,8 @@
 """A Hugging Face folder on the command lines: `--model`, model_path, convert."""
 
-import concurrent.futures
+import functools
 import json
 import pathlib
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -12,6 +10,7 @@ import pytest
 
 import minillm_jax as mj
 from minillm_jax import testing
+from tests import commands
 
 ROOT = pathlib.Path(__file__).parents[2]
 TOKENIZER = ROOT / "tests/text/goldens/byte_level"
@@ -60,37 +59,43 @@ MISTAKES = {
 def folder(tmp_path_factory):
     tokenizer = mj.load_tokenizer(TOKENIZER)
     model = mj.create_model(testing.tiny_config(vocab_size=607, eos_token_ids=(3, 4)))
-    params = testing.perturbed(jax.device_get(mj.init_params(model)))
+    params = testing.noisy_params(model)
     path = tmp_path_factory.mktemp("folders") / "model"
     mj.save_pretrained(path, model, params, tokenizer)
     return path
 
 
 @pytest.fixture(scope="module")
-def outcomes(folder):
-    def run(arguments):
+def outcome(folder):
+    """That of a command; each runs once."""
+
+    @functools.cache
+    def one(arguments):
         filled = [
             argument.replace("FOLDER", str(folder)).replace("TMP", str(folder.parent))
             for argument in arguments
         ]
-        command = [sys.executable, "-m", *filled]
         if "cli.generate" in filled[0] and "--json" not in filled:
-            command.append("--prompt=a")
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+            filled.append("--prompt=a")
+        return commands.run(*filled)
 
-    calls = [*RUNS.values(), *MISTAKES]
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        return dict(zip(calls, pool.map(run, calls), strict=True))
+    return one
 
 
-def outcome(outcomes, name):
-    done = outcomes[RUNS[name]]
-    assert done.returncode == 0, done.stderr
-    return done
+@pytest.fixture
+def succeeded(outcome):
+    """The outcome of a run that goes well, by its name."""
+
+    def one(name):
+        done = outcome(RUNS[name])
+        assert done.returncode == 0, done.stderr
+        return done
+
+    return one
 
 
-def test_generate_gives_the_text_of_the_folders_model_and_tokenizer(folder, outcomes):
-    report = json.loads(outcome(outcomes, "generate").stdout)
+def test_generate_gives_the_text_of_the_folders_model_and_tokenizer(folder, succeeded):
+    report = json.loads(succeeded("generate").stdout)
     generator = mj.Generator(*mj.load_pretrained(folder))
     greedy = mj.SamplingParams(temperature=0.0)
     (expected,) = generator.generate(["Once upon"], 12, greedy)
@@ -99,30 +104,30 @@ def test_generate_gives_the_text_of_the_folders_model_and_tokenizer(folder, outc
     assert report["config"]["eos_token_ids"] == [3, 4]
 
 
-def test_a_field_on_the_command_line_wins_over_the_folders(outcomes):
-    whole = json.loads(outcome(outcomes, "generate").stdout)
-    report = json.loads(outcome(outcomes, "shorter cache").stdout)
+def test_a_field_on_the_command_line_wins_over_the_folders(succeeded):
+    whole = json.loads(succeeded("generate").stdout)
+    report = json.loads(succeeded("shorter cache").stdout)
     assert report["config"]["max_kv_cache_len"] == 16
     assert whole["config"]["max_kv_cache_len"] == 96
     assert report["tokens"] == whole["tokens"][: len(report["tokens"])]
 
 
-def test_model_path_takes_the_place_of_the_configs_model(outcomes):
-    whole = json.loads(outcome(outcomes, "generate").stdout)
-    report = json.loads(outcome(outcomes, "model_path").stdout)
+def test_model_path_takes_the_place_of_the_configs_model(succeeded):
+    whole = json.loads(succeeded("generate").stdout)
+    report = json.loads(succeeded("model_path").stdout)
     assert report["tokens"] == whole["tokens"]
     assert report["config"] == whole["config"]
 
 
-def test_the_benchmark_measures_a_folder_as_far_as_its_context_goes(folder, outcomes):
-    result = json.loads(outcome(outcomes, "benchmark").stdout.splitlines()[-1])
+def test_the_benchmark_measures_a_folder_as_far_as_its_context_goes(folder, succeeded):
+    result = json.loads(succeeded("benchmark").stdout.splitlines()[-1])
     assert result["config"]["model_path"] == str(folder)
     assert result["config"]["model"]["vocab_size"] == 607
     assert [row["context"] for row in result["results"]] == [96]
 
 
-def test_convert_writes_another_dtype_and_says_what_it_compared(folder, outcomes):
-    done = outcome(outcomes, "convert")
+def test_convert_writes_another_dtype_and_says_what_it_compared(folder, succeeded):
+    done = succeeded("convert")
     assert "ok      read again" in done.stdout
     model, params, tokenizer = mj.load_pretrained(folder.parent / "bf16", "bfloat16")
     _, original, _ = mj.load_pretrained(folder, "bfloat16")
@@ -133,8 +138,8 @@ def test_convert_writes_another_dtype_and_says_what_it_compared(folder, outcomes
         np.testing.assert_array_equal(one, other)
 
 
-def test_a_config_can_be_exported_with_random_weights(folder, outcomes):
-    outcome(outcomes, "export")
+def test_a_config_can_be_exported_with_random_weights(folder, succeeded):
+    succeeded("export")
     model, _, tokenizer = mj.load_pretrained(folder.parent / "small")
     expected = mj.Configs.small().replace(num_layers=1, vocab_size=300)
     assert model.config == mj.create_model(expected).config
@@ -142,8 +147,8 @@ def test_a_config_can_be_exported_with_random_weights(folder, outcomes):
 
 
 @pytest.mark.parametrize("arguments", MISTAKES, ids=" ".join)
-def test_a_mistake_ends_in_one_clear_line_and_exit_code_2(outcomes, arguments):
-    done = outcomes[arguments]
+def test_a_mistake_ends_in_one_clear_line_and_exit_code_2(outcome, arguments):
+    done = outcome(arguments)
     assert done.returncode == 2, done.stdout + done.stderr
     assert done.stderr.count("\n") == 1
     assert all(word in done.stderr for word in MISTAKES[arguments]), done.stderr

@@ -2,22 +2,17 @@
 
 import importlib.util
 import json
-import pathlib
-import subprocess
-import sys
 
 import pytest
 
 import minillm_jax as mj
 from minillm_jax.cli import plan_plot
 from minillm_jax.planning import devices
-
-ROOT = pathlib.Path(__file__).parents[2]
+from tests import commands
 
 
 def run(*arguments):
-    command = [sys.executable, "-m", "minillm_jax.cli.plan", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return commands.run("minillm_jax.cli.plan", *arguments)
 
 
 def test_the_table_tells_what_fits_in_a_screen():

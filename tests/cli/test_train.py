@@ -1,6 +1,5 @@
 """The training command: one line in, a model out, and what may go wrong."""
 
-import concurrent.futures
 import json
 import pathlib
 import signal
@@ -11,6 +10,7 @@ import time
 import pytest
 
 from minillm_jax.training import metrics
+from tests import commands
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = (
@@ -34,9 +34,7 @@ def command(*arguments, name="train"):
 
 
 def run(*arguments, name="train"):
-    return subprocess.run(
-        command(*arguments, name=name), cwd=ROOT, capture_output=True, text=True
-    )
+    return commands.run(f"minillm_jax.cli.{name}", *arguments)
 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
@@ -96,9 +94,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(text, tmp_path):
         (workdir, "--config.model.logits_softcap=30.0"): "logits_softcap",
         (workdir, "--config.model.param_dtype=bfloat16"): "float32",
     }
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        done = list(pool.map(lambda given: run(*TINY, *given), cases))
-    for found, (given, words) in zip(done, cases.items(), strict=True):
+    for given, words in cases.items():
+        found = run(*TINY, *given)
         assert found.returncode == 2, (given, found.stderr)
         assert words in found.stderr
         assert found.stderr.count("\n") == 1, found.stderr

@@ -2,16 +2,13 @@
 
 import json
 import math
-import pathlib
-import subprocess
-import sys
 
 import pytest
 
 import minillm_jax as mj
 from minillm_jax import testing
+from tests import commands
 
-ROOT = pathlib.Path(__file__).parents[2]
 TINY = {
     "max_seq_len": 32,
     "max_kv_cache_len": 48,
@@ -29,8 +26,7 @@ def run(*arguments, **changes):
 
 
 def run_alone(*arguments):
-    command = [sys.executable, "-m", "minillm_jax.cli.verify", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return commands.run("minillm_jax.cli.verify", *arguments)
 
 
 def test_a_table_and_an_object():

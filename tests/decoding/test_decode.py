@@ -18,7 +18,6 @@ import pytest
 import minillm_jax as mj
 from minillm_jax import reference, testing
 from minillm_jax.decoding import checks, decode
-from minillm_jax.model import transformer
 
 PLAIN = mj.CachePolicy()
 RING = mj.CachePolicy(overflow="ring")
@@ -58,12 +57,7 @@ DYNAMIC = {
 def build(**changes):
     """A tiny model with nothing in its parameters at 0 or 1."""
     model = mj.create_model(testing.tiny_config(**changes))
-    shapes = transformer.param_shapes(model)
-
-    def start(leaf):  # norm scales, the only vectors, at 1
-        return np.full(leaf.shape, float(leaf.ndim == 1), leaf.dtype)
-
-    return model, jax.device_put(testing.perturbed(jax.tree.map(start, shapes)))
+    return model, testing.noisy_params(model)
 
 
 def built(changes):

@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 import minillm_jax as mj
 from minillm_jax import reference, testing
 from minillm_jax.decoding import generator
-from minillm_jax.model import transformer
 
 GREEDY = mj.SamplingParams(temperature=0.0)
 SAMPLED = mj.SamplingParams(temperature=1.5, top_p=0.95, seed=11)
@@ -42,15 +41,7 @@ def noise(**changes):
     fields = {"vocab_size": 256, "max_seq_len": 32, "max_kv_cache_len": FULL}
     fields |= {"num_layers": 1}
     model = mj.create_model(testing.tiny_config(**(fields | changes)))
-    return model, jax.device_put(testing.perturbed(plain_params(model), seed=3))
-
-
-def plain_params(model):
-    """Zeros, and norm scales of 1: nothing has to be compiled for them."""
-    shapes = transformer.param_shapes(model)
-    return jax.tree.map(
-        lambda leaf: np.full(leaf.shape, float(leaf.ndim == 1), leaf.dtype), shapes
-    )
+    return model, testing.noisy_params(model, seed=3)
 
 
 @functools.cache
@@ -97,7 +88,7 @@ def reciter():
     model = mj.create_model(testing.tiny_config(**fields))
     same = np.eye(RECITED, dtype=np.float32)
     changed = {"embedding": same, "lm_head": 10 * np.roll(same, 1, axis=1)}
-    return mj.Generator(model, {**plain_params(model), **changed}, PIECES)
+    return mj.Generator(model, {**testing.plain_params(model), **changed}, PIECES)
 
 
 @pytest.fixture

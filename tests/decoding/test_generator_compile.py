@@ -17,7 +17,6 @@ import minillm_jax as mj
 from minillm_jax import testing
 from minillm_jax.decoding import decode, executables, generator
 from minillm_jax.model import cache as kv
-from minillm_jax.model import transformer
 
 GREEDY = mj.SamplingParams(temperature=0.0)
 SAMPLED = mj.SamplingParams(temperature=1.5, repetition_penalty=1.2, seed=11)
@@ -47,9 +46,7 @@ def noise(**changes):
     fields = {"vocab_size": VOCABULARY, "max_seq_len": 16, "max_kv_cache_len": FULL}
     fields |= {"num_layers": 1, "prefill_chunk": 4}
     model = mj.create_model(testing.tiny_config(**(fields | changes)))
-    shapes = transformer.param_shapes(model)
-    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-    return model, jax.device_put(testing.perturbed(zeros, seed=3, std=0.3))
+    return model, testing.noisy_params(model, seed=3)
 
 
 @functools.cache

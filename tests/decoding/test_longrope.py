@@ -15,7 +15,6 @@ import pytest
 import minillm_jax as mj
 from minillm_jax import reference, testing
 from minillm_jax.decoding import decode, executables, generator, sampling
-from minillm_jax.model import transformer
 
 POINT, FULL, WINDOW = 24, 64, 30  # tokens: original context, capacity, local layer's
 VOCABULARY, LETTERS = 256, range(32, 127)  # ids, and those that may be sampled
@@ -47,11 +46,7 @@ def generating(overflow="stop", **changes):
     fields = {"vocab_size": VOCABULARY, "max_seq_len": 16, "max_kv_cache_len": FULL}
     fields |= {"prefill_chunk": 4, "rope_scaling": LONGROPE, "num_layers": 1}
     model = mj.create_model(testing.tiny_config(**(fields | changes)))
-    shapes = transformer.param_shapes(model)
-    ones = jax.tree.map(
-        lambda leaf: np.full(leaf.shape, float(leaf.ndim == 1), leaf.dtype), shapes
-    )
-    params = jax.device_put(testing.perturbed(ones, seed=3))
+    params = testing.noisy_params(model, seed=3)
     return mj.Generator(model, params, Letters(), overflow)
 
 

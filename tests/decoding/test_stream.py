@@ -33,8 +33,8 @@ def generating(overflow="stop", num_sinks=0, **changes):
     """A Generator that the tests of one set-up share."""
     fields = {"vocab_size": 64, "max_kv_cache_len": 64, "prefill_chunk": 4} | changes
     model = mj.create_model(testing.tiny_config(**fields))
-    params = testing.perturbed(mj.init_params(model), seed=3)
-    return mj.Generator(model, jax.device_put(params), None, overflow, num_sinks)
+    params = testing.noisy_params(model, seed=3)
+    return mj.Generator(model, params, None, overflow, num_sinks)
 
 
 def some_tokens(length, seed=0):

@@ -23,8 +23,7 @@ def lines_of(model, params, count=TOKENS):
 
 def model_of(**changes):
     model = mj.create_model(testing.tiny_config(num_layers=1, **changes))
-    params = testing.perturbed(mj.init_params(model, seed=1))
-    return model, jax.device_put(params)
+    return model, testing.noisy_params(model)
 
 
 @pytest.mark.parametrize(

@@ -192,7 +192,7 @@ def models():
     """A tiny model in float32 by XLA, and the same that asks for cuDNN."""
     config = testing.tiny_config().resolve("cpu")
     asked = config.replace(attention="cudnn", decode_attention="cudnn")
-    params = jax.device_put(testing.perturbed(mj.init_params(MiniLLM(config))))
+    params = testing.noisy_params(MiniLLM(config))
     return MiniLLM(config), MiniLLM(asked), params
 
 

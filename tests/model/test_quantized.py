@@ -25,7 +25,7 @@ def parts(mode="none", tied=False):
     config = testing.tiny_config(tie_embeddings=tied, quantization=mode)
     model = mj.create_model(config)
     if mode == "none":
-        return model, testing.perturbed(mj.init_params(model, seed=2))
+        return model, testing.noisy_params(model)
     return model, mj.quantize(parts(tied=tied)[1], mode)
 
 

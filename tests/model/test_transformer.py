@@ -15,6 +15,7 @@ from minillm_jax import testing
 from minillm_jax.config import RopeScaling
 from minillm_jax.model import attention, blockwise, layers, scores
 from minillm_jax.model import cache as kv
+from minillm_jax.model.transformer import param_shapes
 
 LLAMA3 = RopeScaling(
     rope_type="llama3",
@@ -111,21 +112,10 @@ VARIATIONS = {
 }
 
 
-@functools.cache
-def parameter_shapes(model):
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    return jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
-
-
 def build(**changes):
     """A tiny model with nothing in its parameters at 0 or 1."""
     model = mj.create_model(testing.tiny_config(**changes))
-
-    def start(leaf):  # norm scales, the only vectors, at 1
-        return np.full(leaf.shape, float(leaf.ndim == 1), leaf.dtype)
-
-    params = testing.perturbed(jax.tree.map(start, parameter_shapes(model)))
-    return model, jax.device_put(params)
+    return model, testing.noisy_params(model)
 
 
 @pytest.fixture(scope="module")
@@ -403,7 +393,7 @@ def test_memory_is_linear_in_the_sequence(what):
     model = mj.create_model(
         testing.tiny_config(max_seq_len=4096, max_kv_cache_len=4096, num_layers=1)
     )
-    params = parameter_shapes(model)
+    params = param_shapes(model)
 
     def logits(params, tokens):
         return model.apply({"params": params}, tokens)
@@ -472,7 +462,7 @@ def test_init_params_makes_the_tree_of_the_module(name, param_dtype):
     config = testing.tiny_config(**VARIATIONS[name], param_dtype=param_dtype)
     model = mj.create_model(config)
     params = mj.init_params(model, seed=3)
-    chex.assert_trees_all_equal_shapes_and_dtypes(params, parameter_shapes(model))
+    chex.assert_trees_all_equal_shapes_and_dtypes(params, param_shapes(model))
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {param_dtype}
 
 
@@ -508,7 +498,7 @@ def test_init_creates_no_cache_even_when_asked(mutable, tiny, key):
 def test_init_cache_makes_the_tree_that_the_module_returns(batch_size, changes, policy):
     model = mj.create_model(testing.tiny_config(**changes))
     cache = mj.init_cache(model.config, batch_size, policy=policy)
-    variables = {"params": parameter_shapes(model), "cache": cache}
+    variables = {"params": param_shapes(model), "cache": cache}
 
     def call(variables, tokens):
         return model.apply(variables, tokens, policy=policy, mutable=["cache"])
@@ -548,7 +538,7 @@ def test_kernels_start_with_the_documented_spread():
     [("small", 58, 0), ("medium", 374, 0), ("large", 1360, -1), ("xlarge", 6700, -2)],
 )
 def test_presets_have_the_documented_number_of_parameters(name, millions, digits):
-    shapes = parameter_shapes(mj.create_model(mj.Configs.by_name(name)))
+    shapes = param_shapes(mj.create_model(mj.Configs.by_name(name)))
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
     assert round(count / 1e6, digits) == millions
 
@@ -569,7 +559,7 @@ def test_a_model_too_big_to_run_here_has_the_right_shapes(context):
     )
     before = sum(array.nbytes for array in jax.live_arrays())
     cache = kv.cache_shapes(model.config, 2)
-    variables = {"params": parameter_shapes(model), "cache": cache}
+    variables = {"params": param_shapes(model), "cache": cache}
 
     def call(variables, tokens):
         return model.apply(variables, tokens, mutable=["cache"])
@@ -621,7 +611,7 @@ def test_a_document_far_into_a_pack_equals_itself_alone():
     """Its RoPE angles are those of its own positions, rounded alike."""
     config = testing.tiny_config(max_seq_len=8192, max_kv_cache_len=8192)
     model = mj.create_model(config)
-    params = testing.perturbed(mj.init_params(model))
+    params = testing.noisy_params(model)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (1, 8192))
     segment_ids = np.where(np.arange(8192) < 8160, 1, 2)[None]
 

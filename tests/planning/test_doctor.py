@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from minillm_jax.planning import doctor, probes
+from tests import commands
 
 WELL = doctor.Facts(
     versions={
@@ -80,13 +81,7 @@ def test_the_probes_measure_something():
 
 
 def test_it_fits_a_screen():
-    done = subprocess.run(
-        [sys.executable, "-m", "minillm_jax.cli.doctor"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = commands.run("minillm_jax.cli.doctor")
     assert done.returncode in (0, 1), done.stderr
     lines = done.stdout.splitlines()
     assert 9 <= len(lines) <= 24

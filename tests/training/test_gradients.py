@@ -53,7 +53,7 @@ def test_gradients_are_the_finite_differences_of_the_oracle(variation, block):
     """Along a random direction of each leaf, and of all of them together."""
     config = testing.tiny_config(**VARIATIONS[variation])
     model = mj.create_model(config)
-    params = testing.perturbed(mj.init_params(model, seed=1))
+    params = testing.noisy_params(model)
     draw = np.random.default_rng(2)
     tokens = draw.integers(0, config.vocab_size, (2, 21), np.int32)
     segment_ids = np.array([[1] * 13 + [2] * 8, [1] * 18 + [0] * 3], np.int32)

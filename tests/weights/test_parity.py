@@ -115,12 +115,7 @@ def quiet():
 def build(config):
     """A model with nothing in its parameters at 0 or 1."""
     model = mj.create_model(config)
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
-    start = jax.tree.map(
-        lambda leaf: np.full(leaf.shape, float(leaf.ndim == 1), leaf.dtype), shapes
-    )
-    return model, jax.device_put(testing.perturbed(start))
+    return model, testing.noisy_params(model)
 
 
 @functools.partial(jax.jit, static_argnames="model")

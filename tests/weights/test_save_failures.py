@@ -28,7 +28,7 @@ def pair():
     for seed, theta, eos in ((1, 1e4, (3,)), (2, 1e6, (4, 5))):
         config = testing.tiny_config(rope_theta=theta, eos_token_ids=eos)
         model = mj.create_model(config)
-        found.append((model, jax.device_get(mj.init_params(model, seed=seed))))
+        found.append((model, jax.device_get(testing.noisy_params(model, seed=seed))))
     return found
 
 
