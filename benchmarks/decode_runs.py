@@ -44,6 +44,7 @@ class Shape:
 
 def shapes(config: ModelConfig, settings: DecodeSettings) -> list[Shape]:
     """The measurements that the settings ask for; raises ConfigError with numbers."""
+    prompts.check(config.vocab_size)  # before there are weights
     found = []
     for context in settings.measured_contexts():
         capacity = settings.capacity or kv.capacity_bucket(config, context)

@@ -13,16 +13,17 @@ from minillm_jax.config import ConfigError
 BYTES = 256
 
 
-def source_tokens(batch_size: int, length: int, vocab_size: int) -> np.ndarray:
-    """`[batch_size, length]` int32, each row from another place in the source.
-
-    Raises:
-      ConfigError: if the vocabulary cannot hold a byte.
-    """
+def check(vocab_size: int) -> None:
+    """Raises ConfigError if the vocabulary cannot hold a byte."""
     if vocab_size < BYTES:
         raise ConfigError(
             f"vocab_size={vocab_size}: prompts are bytes here; write {BYTES} or more"
         )
+
+
+def source_tokens(batch_size: int, length: int, vocab_size: int) -> np.ndarray:
+    """`[batch_size, length]` int32, each row from another place in the source."""
+    check(vocab_size)
     folder = pathlib.Path(sysconfig.get_paths()["stdlib"])
     text, wanted = bytearray(), batch_size * length
     for path in sorted(folder.glob("*.py")):

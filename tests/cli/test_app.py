@@ -62,7 +62,7 @@ CASES = {
     "--config=small --config.decode.contexts=4096": ("4096", "max_kv_cache_len=2048"),
     "--config=small --config.decode.capacity=64": ("capacity=64", "write 128"),
     "--config=small --config.model.vocab_size=200": ("vocab_size=200", "256"),
-    "--config=xlarge --config.model.num_layers=4096": (
+    "--config=xlarge --config.model.dim_ff=2000000": (
         "does not fit",
         "GB",
         "--config",

@@ -100,7 +100,7 @@ MISTAKES = {
     ("--prompt=a", "--tokenizer=/nowhere"): ("/nowhere", "tokenizer.json"),
     ("--prompt=a", "--chat"): ("--chat",),
     ("--chat", "--json"): ("--chat", "JSON"),
-    ("--prompt=a", "--config.model.num_layers=4096", "--config.model.dim_ff=2000000"): (
+    ("--prompt=a", "--config.model.num_layers=999", "--config.model.dim_ff=2000000"): (
         *("does not fit", "GB"),
     ),
     ("--prompt=a", "--prompt_cache=TMP"): ("--prompt_cache", "must be a file"),

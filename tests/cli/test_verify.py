@@ -68,6 +68,6 @@ def test_what_is_too_short_is_one_line():
 
 
 def test_a_model_that_is_too_large_is_refused_before_it_is_made():
-    done = run(num_layers=4096, dim_ff=2000000)
+    done = run(num_layers=999, dim_ff=2_000_000)
     assert done.returncode == 2
     assert "does not fit" in done.stderr
