@@ -101,8 +101,11 @@ def test_an_interrupt_that_a_callback_drops_comes_again(monkeypatch):
         gc.callbacks.remove(interrupted)
         signal.raise_signal(signal.SIGINT)
 
+    def wait():
+        for _ in range(1000):
+            time.sleep(0.01)
+
     gc.callbacks.append(interrupted)
     gc.collect()
     with pytest.raises(KeyboardInterrupt):
-        for _ in range(1000):
-            time.sleep(0.01)
+        wait()
