@@ -50,9 +50,10 @@ def product(
     """
     dtype = x.dtype if dtype is None else dtype
     if isinstance(kernel, Quantized):
-        form = {"w8a16": _w8a16, "w8a8": _w8a8}[kernel.mode]
         scales = kernel.scales.reshape(*(1,) * (x.ndim - 1), *kernel.outputs)
-        found = (form(x, kernel) * scales).astype(dtype)
+        # w8a16: the kernel's numbers as x's dtype has them, the sums in float32.
+        sums = _w8a8(x, kernel) if kernel.mode == "w8a8" else _sums(x, kernel)
+        found = (sums * scales).astype(dtype)
         return found.reshape(*x.shape[:-1], -1) if flat else found
     kernel = kernel.astype(x.dtype)
     if flat:
@@ -119,11 +120,6 @@ def rows(
     return take(table)
 
 
-def _w8a16(x: Float[Array, "*axes I"], kernel: Quantized) -> Float[Array, "..."]:
-    """The numbers of the kernel as x's dtype has them, the sums in float32."""
-    return _sums(x, kernel, jnp.float32)
-
-
 def _w8a8(x: Float[Array, "*axes I"], kernel: Quantized) -> Float[Array, "..."]:
     """Whole numbers on both sides, then the scales of x; float32.
 
@@ -136,15 +132,16 @@ def _w8a8(x: Float[Array, "*axes I"], kernel: Quantized) -> Float[Array, "..."]:
     return sums * scales.reshape(*x.shape[:-1], *outputs)
 
 
-def _sums(x: Num[Array, "*axes I"], kernel: Quantized, dtype: DTypeLike):
+def _sums(
+    x: Num[Array, "*axes I"], kernel: Quantized, dtype: DTypeLike = jnp.float32
+) -> Num[Array, "..."]:
     """`x` times the numbers of a kernel, `[*axes, *outputs]`.
 
     On CPU a product of two matrices, as that of one row is everywhere, which is two.
     Elsewhere the axes are those that the caller has: on a TPU, which may order them
     otherwise in memory, a reshape to a matrix or from one would be a copy.
     """
-    shape = (*x.shape[:-1], *kernel.outputs)
-    one_row = math.prod(x.shape[:-1]) == 1
+    count = math.prod(x.shape[:-1])
 
     def multiplied(x, values):
         axes = ((x.ndim - 1,), (values.ndim - 1,))
@@ -153,14 +150,15 @@ def _sums(x: Num[Array, "*axes I"], kernel: Quantized, dtype: DTypeLike):
         )
 
     def as_matrices(x, values):
-        rows = x.reshape(-1, x.shape[-1])
-        rows = _twice(rows[0], 0) if one_row else rows
-        return multiplied(rows, values)[: math.prod(x.shape[:-1])].reshape(shape)
+        rows = x.reshape(count, -1)
+        rows = _twice(rows[0], 0) if count == 1 else rows
+        found = multiplied(rows, values)[:count]
+        return found.reshape(*x.shape[:-1], *kernel.outputs)
 
     def as_they_are(x, values):
         return multiplied(x, values.reshape(*kernel.outputs, -1))
 
-    if one_row:
+    if count == 1:
         return as_matrices(x, kernel.values)
     return jax.lax.platform_dependent(
         *(x, kernel.values), cpu=as_matrices, default=as_they_are
