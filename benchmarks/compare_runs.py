@@ -106,6 +106,7 @@ def checked_peers(settings: CompareSettings) -> tuple[str, ...]:
 
 def cases(config: ModelConfig, settings: CompareSettings) -> list[Case]:
     """What the settings ask for; raises ConfigError with numbers."""
+    prompts.check(config.vocab_size)
     if not settings.batch_sizes or min(settings.batch_sizes) < 1:
         raise ConfigError(
             f"config.compare.batch_sizes={settings.batch_sizes}: must be numbers from 1"

@@ -22,7 +22,11 @@ def check(vocab_size: int) -> None:
 
 
 def source_tokens(batch_size: int, length: int, vocab_size: int) -> np.ndarray:
-    """`[batch_size, length]` int32, each row from another place in the source."""
+    """`[batch_size, length]` int32, each row from another place in the source.
+
+    Raises:
+      ConfigError: if the vocabulary cannot hold a byte.
+    """
     check(vocab_size)
     folder = pathlib.Path(sysconfig.get_paths()["stdlib"])
     text, wanted = bytearray(), batch_size * length

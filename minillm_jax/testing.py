@@ -46,8 +46,10 @@ def counted_compilations() -> Iterator[list[float]]:
 
 def plain_params(model: nn.Module) -> Any:
     """Zeros, and vectors such as norm scales of 1: of NumPy, so nothing compiles."""
-    tokens = jax.ShapeDtypeStruct((1, 1), np.int32)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+    shapes = jax.eval_shape(
+        lambda tokens: model.init(jax.random.key(0), tokens)["params"],
+        jax.ShapeDtypeStruct((1, 1), np.int32),
+    )
 
     def plain(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
         return np.full(leaf.shape, float(leaf.ndim == 1), leaf.dtype)

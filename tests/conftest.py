@@ -2,11 +2,11 @@
 
 The suite is mostly XLA's time. What is compiled is kept on disk until the session ends,
 for all of its processes. Without slow tests, LLVM also optimizes little: the HLO and
-its memory, of which tests speak, are the same.
+its memory, of which tests speak, are the same. `JAX_DISABLE_MOST_OPTIMIZATIONS=0` asks
+for what users get.
 """
 
 import os
-import shutil
 import tempfile
 
 import jaxtyping
@@ -14,8 +14,10 @@ import pytest
 
 _COMPILED = None
 if "PYTEST_XDIST_WORKER" not in os.environ:  # which has these from its parent
-    _COMPILED = tempfile.mkdtemp(prefix="minillm_jax_tests_")
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED
+    _COMPILED = tempfile.TemporaryDirectory(
+        prefix="minillm_jax_tests_", ignore_cleanup_errors=True
+    )
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 
@@ -32,14 +34,15 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_configure(config):
-    if "not slow" in config.option.markexpr:
-        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # of the commands
-        jax.config.update("jax_disable_most_optimizations", True)
+    name = "jax_disable_most_optimizations"
+    if config.option.markexpr == "not slow" and name.upper() not in os.environ:
+        os.environ[name.upper()] = "1"  # of the commands
+        jax.config.update(name, True)
 
 
 def pytest_unconfigure():
     if _COMPILED is not None:
-        shutil.rmtree(_COMPILED, ignore_errors=True)
+        _COMPILED.cleanup()
 
 
 @pytest.fixture(scope="module", autouse=True)

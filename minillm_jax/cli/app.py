@@ -131,7 +131,9 @@ def _run(main: Callable[[], None], parse: Callable[[Sequence[str]], Any]) -> Non
 def _interrupt_again(dropped: "sys.UnraisableHookArgs") -> None:
     """A Ctrl-C counts where Python drops what is raised, as in JAX's GC callback."""
     if issubclass(dropped.exc_type, KeyboardInterrupt):
-        threading.Timer(0.05, _thread.interrupt_main).start()  # outside of it
+        later = threading.Timer(0.05, _thread.interrupt_main)  # outside of it
+        later.daemon = True
+        later.start()
     else:
         sys.__unraisablehook__(dropped)
 

@@ -150,7 +150,7 @@ def _sums(
         )
 
     def as_matrices(x, values):
-        rows = x.reshape(count, -1)
+        rows = x.reshape(count, x.shape[-1])
         rows = _twice(rows[0], 0) if count == 1 else rows
         found = multiplied(rows, values)[:count]
         return found.reshape(*x.shape[:-1], *kernel.outputs)

@@ -102,10 +102,10 @@ def test_an_interrupt_that_a_callback_drops_comes_again(monkeypatch):
         signal.raise_signal(signal.SIGINT)
 
     def wait():
+        gc.collect()
         for _ in range(1000):
             time.sleep(0.01)
 
     gc.callbacks.append(interrupted)
-    gc.collect()
     with pytest.raises(KeyboardInterrupt):
         wait()

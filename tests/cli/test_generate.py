@@ -35,18 +35,18 @@ TINY = {
     "vocab_size": 300,
     "prefill_chunk": 32,
 }
-COMMAND = [
+ARGUMENTS = [
     *("minillm_jax.cli.generate", "--config=small"),
     *(f"--config.model.{name}={value}" for name, value in TINY.items()),
 ]
-OWN = [sys.executable, "-m", *COMMAND]  # in a process of its own
+COMMAND = [sys.executable, "-m", *ARGUMENTS]  # in a process of its own
 GREEDY = ("--prompt=Once", "--temperature=0")
 LONG = "x" * 290
 FULL = (f"--prompt={LONG}", "--json", "--temperature=0")
 
 
 def run(*arguments, given=""):
-    return commands.run(*COMMAND, *arguments, given=given)
+    return commands.run(*ARGUMENTS, *arguments, given=given)
 
 
 # Name -> arguments of runs that go well.
@@ -173,6 +173,13 @@ def test_text_goes_to_stdout_and_rates_to_stderr(outcome):
     assert "ended by length; cache 24 of 300" in summary
 
 
+def test_a_process_of_its_own_ends_well(outcome):
+    ran = subprocess.run([*COMMAND, *RUNS["text"]], cwd=ROOT, capture_output=True)
+    assert ran.returncode == 0
+    assert ran.stdout.decode() == outcome("text").stdout
+    assert len(ran.stderr.splitlines()) == 2  # the note, and the summary
+
+
 def test_the_json_tells_what_the_run_cost(outcome):
     told = report(outcome("json"))
     assert (told["prompt_tokens"], told["completion_tokens"]) == (4, 20)
@@ -282,7 +289,7 @@ def test_ctrl_c_ends_with_what_there_is(form):
     """The first letters are out, or the work has begun; then the signal comes."""
     arguments = ("--prompt=a", "--overflow=ring", "--max_new_tokens=1000000")
     process = subprocess.Popen(
-        [*OWN, *arguments, *(["--json"] if form == "json" else [])],
+        [*COMMAND, *arguments, *(["--json"] if form == "json" else [])],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -310,7 +317,7 @@ def test_ctrl_c_ends_with_what_there_is(form):
 
 
 def test_a_reader_that_leaves_is_no_traceback():
-    line = f"{' '.join(OWN)} --prompt=a --max_new_tokens=200 | head -c 1"
+    line = f"{' '.join(COMMAND)} --prompt=a --max_new_tokens=200 | head -c 1"
     outcome = subprocess.run(line, shell=True, cwd=ROOT, capture_output=True)
     assert len(outcome.stdout) == 1
     assert b"Traceback" not in outcome.stderr

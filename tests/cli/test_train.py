@@ -29,8 +29,8 @@ def text(tmp_path_factory):
     return path
 
 
-def command(*arguments, name="train"):
-    return [sys.executable, "-m", f"minillm_jax.cli.{name}", *arguments]
+def command(*arguments):
+    return [sys.executable, "-m", "minillm_jax.cli.train", *arguments]
 
 
 def run(*arguments, name="train"):

@@ -462,7 +462,7 @@ def test_init_params_makes_the_tree_of_the_module(name, param_dtype):
     config = testing.tiny_config(**VARIATIONS[name], param_dtype=param_dtype)
     model = mj.create_model(config)
     params = mj.init_params(model, seed=3)
-    chex.assert_trees_all_equal_shapes_and_dtypes(params, param_shapes(model))
+    chex.assert_trees_all_equal_shapes_and_dtypes(params, testing.plain_params(model))
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {param_dtype}
 
 
