@@ -44,7 +44,7 @@ def counted_compilations() -> Iterator[list[float]]:
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
-def plain_params(model: nn.Module) -> Any:
+def plain_params(model: nn.Module) -> dict[str, Any]:
     """Zeros, and vectors such as norm scales of 1: of NumPy, so nothing compiles."""
     shapes = jax.eval_shape(
         lambda tokens: model.init(jax.random.key(0), tokens)["params"],

@@ -16,12 +16,12 @@ import tempfile
 import warnings
 
 ROOT = pathlib.Path(__file__).parents[1]
-LIBRARIES = (
+LIBRARIES = [
     *("absl.app", "flax.linen", "jax", "ml_collections.config_flags", "optax"),
     *("orbax.checkpoint", "rich.console", "safetensors.numpy", "tokenizers"),
-)
+]
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload([*LIBRARIES])
+_SERVER.set_forkserver_preload(LIBRARIES)
 
 
 def run(
@@ -54,9 +54,8 @@ def run(
 
 def _become(module, arguments, folder):
     os.chdir(ROOT)
-    for number, (name, mode) in enumerate(
-        {"stdin": "r", "stdout": "w", "stderr": "w"}.items()
-    ):
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        mode = "w" if number else "r"
         with (folder / name).open(mode) as opened:
             os.dup2(opened.fileno(), number)
         setattr(sys, name, os.fdopen(number, mode, buffering=1, closefd=False))

@@ -335,12 +335,12 @@ def test_what_is_not_a_prompt_is_refused(prompt, error):
 
 
 def test_nothing_compiles_after_a_warmup_that_knows_the_prompts():
-    run = generating(max_seq_len=32, max_kv_cache_len=32)
+    run = generating()
     run.remember(SYSTEM)
     run.warmup((1, 2))
-    assert run.compilations["copy_rows"] == 2 * 2  # capacities 16 and 32
+    assert run.compilations["copy_rows"] == 2 * 3  # capacities 16, 32 and 64
     with run.forbid_compile():
-        stream(run, [[*SYSTEM, 1, 2], some_tokens(3)], 10)
+        stream(run, [[*SYSTEM, 1, 2], some_tokens(3)], 40)
         stream(run, [*SYSTEM, 5])
         run.remember(some_tokens(12))
     with run.forbid_compile(), pytest.raises(executables.CompileForbiddenError):

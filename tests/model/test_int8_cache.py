@@ -236,7 +236,7 @@ def test_the_leaf_decides_and_not_the_config():
 
 
 def test_a_generator_grows_it_and_chooses_the_same_tokens(monkeypatch):
-    monkeypatch.setattr(generator, "SMALLEST_CAPACITY", 48)
+    monkeypatch.setattr(generator, "SMALLEST_CAPACITY", 16)
     model, params = build("all heads")
     floats = mj.create_model(model.config.replace(cache_dtype="float32"))
     prompts = [some_tokens(30).tolist(), some_tokens(4).tolist()]
@@ -245,7 +245,7 @@ def test_a_generator_grows_it_and_chooses_the_same_tokens(monkeypatch):
     run.warmup(batch_sizes=(2,))
     with run.forbid_compile():
         found = [made.generate(prompts, 40, greedy) for made in (run, other)]
-    assert run.compilations["grow_cache"] > 0
+    assert run.compilations["grow_cache"] > 1
     same = [
         np.mean([a == b for a, b in zip(x.tokens, y.tokens, strict=True)])
         for x, y in zip(*found, strict=True)
